@@ -1,0 +1,49 @@
+# The two commands of the README are `make train` and `make test`; `make down` ends what `make train` started.
+.DELETE_ON_ERROR:
+PYTHON ?= python3
+ROOT := $(shell infra/local/root.sh)
+PY := "$(ROOT)/.venv/bin/python"
+STATE := $(ROOT)/.local
+SUBMIT = . "$(STATE)/env" && $(PY) -m ray.scripts.scripts job submit --working-dir . \
+	--runtime-env-json '{"excludes": ["tests", "shared"], "env_vars": {"SMOLVLA_GIT_COMMIT": "$(shell git rev-parse HEAD 2>/dev/null)"}}' --
+
+DATASET ?= $(STATE)/data/metaworld
+RUN ?= demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: train test check up down status install
+train: up
+	@echo "== collecting Meta-World episodes with the scripted experts"
+	$(SUBMIT) python jobs/ingest_metaworld.py --tasks reach-v3 button-press-topdown-v3 --episodes 20 \
+		--output '"$(DATASET)"'
+	@echo "== training"
+	. "$(STATE)/env" && $(SUBMIT) python jobs/train_smolvla.py --config configs/train/demo.yaml \
+		--dataset.path '"$(DATASET)"' --storage_path '"$(STATE)/runs"' --run_name $(RUN) \
+		--tracking.uri $$MLFLOW_TRACKING_URI
+
+test: install
+	$(PY) -m pytest
+
+check: install
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pyright
+	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+	$(PY) -m pytest
+
+up: install
+	@$(PY) infra/local/services.py up
+
+down:
+	@if [ -f .venv/.installed ]; then $(PY) infra/local/services.py down; fi
+
+status: install
+	@$(PY) infra/local/services.py status
+
+install: .venv/.installed
+.venv/.installed: pyproject.toml
+	infra/local/osmesa.sh
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, PYTHON=... names one")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet uv
+	.venv/bin/python -m uv pip install --python .venv/bin/python --compile-bytecode --editable '.[dev]'
+	touch .venv/.installed

@@ -1,0 +1,207 @@
+"""Start, find and stop the local services: a Ray head with token authentication and an MLflow server, on loopback.
+
+python infra/local/services.py up|down|status
+
+Everything lives in `.local/`: what was started (services.json), the variables that clients need (env, to be sourced),
+the token, the logs, MLflow's database and artifacts. `down` ends only the processes that `up` started.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).absolute().parents[2]
+STATE = ROOT / ".local"
+RECORD = STATE / "services.json"
+TOKEN = STATE / "ray_token"
+# Unix sockets allow 107 characters and Ray's workers no space, so Ray's files cannot live in the project.
+RAY_FILES = Path("/tmp") / f"smolvla-{os.getuid()}-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]}"
+READY_WITHIN_S = 120
+STOP_WITHIN_S = 15
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["up", "down", "status"])
+    {"up": up, "down": down, "status": status}[parser.parse_args().action]()
+
+
+def up() -> None:
+    """Start what is not running yet; may be called as often as one likes."""
+    if " " in sys.executable:
+        sys.exit(f"{sys.executable}: Ray's workers cannot start from a path with a space; use `make up`")
+    STATE.mkdir(exist_ok=True)
+    if not TOKEN.exists():
+        TOKEN.touch(mode=0o600)
+        TOKEN.write_text(secrets.token_hex(32))
+    record = _record()
+    for name, start in (("ray", _start_ray), ("mlflow", _start_mlflow)):
+        if _process(record.get(name)) is None:
+            record[name] = start()
+            RECORD.write_text(json.dumps(record, indent=1))
+    for name, service in record.items():
+        _wait_until_ready(name, service)
+    _write_env(record)
+    status()
+
+
+def down() -> None:
+    """End what `up` started: the recorded processes and their descendants, nothing else."""
+    for name, service in _record().items():
+        process = _process(service)
+        if process is None:
+            print(f"{name}: not running")
+            continue
+        family = [process, *process.children(recursive=True)]
+        process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=STOP_WITHIN_S)
+        for survivor in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                survivor.kill()
+        psutil.wait_procs(alive, timeout=STOP_WITHIN_S)
+        print(f"{name}: stopped")
+    RECORD.unlink(missing_ok=True)
+
+
+def status() -> None:
+    """Say what runs where."""
+    record = _record()
+    for name in ("ray", "mlflow"):
+        running = _process(record.get(name)) is not None
+        print(f"{name}: {record[name]['url']} (pid {record[name]['pid']})" if running else f"{name}: not running")
+    if record:
+        print(f"clients: source {STATE / 'env'}")
+
+
+def _record() -> dict[str, dict[str, Any]]:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def _process(service: dict[str, Any] | None) -> psutil.Process | None:
+    """The recorded process, if it still is that process: ids are used again, start times are not."""
+    if service is None:
+        return None
+    try:
+        process = psutil.Process(service["pid"])
+        return process if abs(process.create_time() - service["started"]) < 1 else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _start_ray() -> dict[str, Any]:
+    port, dashboard = _free_port(6379), _free_port(8265)
+    RAY_FILES.mkdir(mode=0o700, exist_ok=True)
+    if RAY_FILES.stat().st_uid != os.getuid():
+        sys.exit(f"{RAY_FILES} belongs to somebody else")
+    # On a small machine the train workers and the data tasks share the cores; Ray waits for ever for a CPU it lacks.
+    num_cpus = max(os.cpu_count() or 1, 4)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += ["--node-ip-address", "127.0.0.1", "--port", str(port), "--num-cpus", str(num_cpus)]
+    command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
+    command += ["--dashboard-agent-listen-port", str(_free_port(52365)), "--temp-dir", str(RAY_FILES)]
+    environment = _client_environment() | {
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a job that is stopped ends its MLflow run; 3 s can be too short for that
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",  # workers import torch; two at once on two cores are slow
+    }
+    return _started("ray", command, environment, url=f"http://127.0.0.1:{dashboard}")
+
+
+def _start_mlflow() -> dict[str, Any]:
+    port = _free_port(5000)
+    folder = STATE / "mlflow"
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    # One process: with more, each request waits 40 ms (uvicorn#3149), and sqlite has one writer anyway.
+    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its consumers are for GenAI and take 1.5 GB
+    return _started("mlflow", command, environment, url=f"http://127.0.0.1:{port}")
+
+
+def _client_environment() -> dict[str, str]:
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(TOKEN)}
+
+
+def _started(name: str, command: list[str], environment: dict[str, str], *, url: str) -> dict[str, Any]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `python` in a job's command is this one
+    with (STATE / f"{name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | environment | {"PATH": path},
+            start_new_session=True,  # Ctrl-C of the terminal that started it should not end it
+        )
+    return {"pid": process.pid, "started": psutil.Process(process.pid).create_time(), "url": url}
+
+
+def _free_port(wanted: int) -> int:
+    """The wanted port, or the next one that nobody listens on."""
+    for port in range(wanted, wanted + 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                continue
+            with contextlib.suppress(OSError):
+                probe.close()
+                with socket.socket() as binder:
+                    binder.bind(("127.0.0.1", port))
+                    return port
+    sys.exit(f"no free port between {wanted} and {wanted + 99}")
+
+
+def _wait_until_ready(name: str, service: dict[str, Any]) -> None:
+    answers = {"ray": _ray_answers, "mlflow": _mlflow_answers}[name]
+    deadline = time.monotonic() + READY_WITHIN_S
+    while not _answers(answers, service["url"]):
+        if _process(service) is None or time.monotonic() > deadline:
+            log = STATE / f"{name}.log"
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            sys.exit(f"{name} did not start; the end of {log}:\n{tail}")
+        time.sleep(0.5)
+
+
+def _answers(ask: Callable[[str], None], url: str) -> bool:
+    try:
+        ask(url)
+    except (urllib.error.URLError, OSError):
+        return False
+    return True
+
+
+def _ray_answers(url: str) -> None:
+    headers = {"Authorization": f"Bearer {TOKEN.read_text()}"}
+    # The job API answers only when the agent that starts jobs is there.
+    urllib.request.urlopen(urllib.request.Request(f"{url}/api/jobs/", headers=headers), timeout=5).read()
+
+
+def _mlflow_answers(url: str) -> None:
+    urllib.request.urlopen(f"{url}/health", timeout=5).read()
+
+
+def _write_env(record: dict[str, dict[str, Any]]) -> None:
+    values = _client_environment() | {
+        "RAY_API_SERVER_ADDRESS": record["ray"]["url"],
+        "MLFLOW_TRACKING_URI": record["mlflow"]["url"],
+    }
+    (STATE / "env").write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `ray job submit -- python jobs/<file>.py` runs; the only code that talks to MLflow."""

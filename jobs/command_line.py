@@ -1,0 +1,148 @@
+"""Typed flags over a YAML file, for every job: a frozen dataclass is the list of flags, one line says what is wrong.
+
+`--config FILE` names the YAML file; `--group.flag value` and `--group.flag=value` go over it; a list is written as
+`--tasks a b`. A job exits with 2 when its input is refused, before it starts anything.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import draccus
+import ray
+import yaml
+
+Job = TypeVar("Job")
+
+REFUSED = 2  # exit code
+
+
+def fail(error: object) -> NoReturn:
+    """End the job with one line."""
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(REFUSED)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Around the checks of what a user gave: their ValueError becomes the job's last line."""
+    try:
+        yield
+    except ValueError as error:
+        fail(error)
+
+
+def parsed(job_class: type[Job], argv: Sequence[str]) -> Job:
+    """Read flags and the YAML file into a job's dataclass; whatever is wrong ends the program with one line."""
+    with refusals():
+        words, config = _without_config(argv)
+        flags = _flags(job_class)
+        words = _joined_lists(words, flags)
+        if config:
+            _check_file(config, flags)
+        try:
+            return draccus.parse(job_class, config_path=config, args=words, exit_on_error=False)
+        except (draccus.ParsingError, argparse.ArgumentError, ValueError) as error:
+            raise ValueError(_root(error)) from None
+
+
+def start_ray() -> None:
+    """Join the cluster that RAY_ADDRESS names, as in a submitted job; else start one for this process alone."""
+    address = os.environ.get("RAY_ADDRESS", "local")
+    ray.init(
+        address=address,
+        logging_level="WARNING",
+        **({"include_dashboard": False} if address == "local" else {}),
+    )
+
+
+def _flags(job_class: type, prefix: str = "") -> dict[str, type]:
+    """Every flag's name, dotted, and its type."""
+    flags: dict[str, type] = {}
+    for name, hint in typing.get_type_hints(job_class).items():
+        if dataclasses.is_dataclass(hint):
+            flags |= _flags(typing.cast("type", hint), f"{prefix}{name}.")
+        else:
+            flags[f"{prefix}{name}"] = hint
+    return flags
+
+
+def _unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
+    close = difflib.get_close_matches(name, known, n=1)
+    return ValueError(f"unknown {kind} {name}" + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def _without_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """Take `--config FILE` out of the words."""
+    words, config = [], None
+    rest = iter(argv)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag != "--config":
+            words.append(word)
+            continue
+        config = value if equals else next(rest, None)
+        if not config or not Path(config).is_file():
+            raise ValueError(f"--config {config}: no such file")
+    return words, config
+
+
+def _joined_lists(words: Sequence[str], flags: Mapping[str, type]) -> list[str]:
+    """Turn `--tasks a b` into `--tasks ["a", "b"]`, draccus' way to write a list; refuse flags nobody has."""
+    out: list[str] = []
+    items: list[str] | None = None
+    for word in [*words, "--"]:
+        if not word.startswith("--"):
+            (out if items is None else items).append(word)
+            continue
+        if items is not None:
+            out.append(json.dumps(items))
+            items = None
+        if word == "--":
+            break
+        flag, equals, value = word.removeprefix("--").partition("=")
+        if flag not in (*flags, "help"):
+            raise _unknown("flag", f"--{flag}", [f"--{name}" for name in flags])
+        if flag in flags and typing.get_origin(flags[flag]) in (tuple, list):
+            out.append(f"--{flag}")
+            items = [value] if equals else []
+        else:
+            out.append(word)
+    return out
+
+
+def _check_file(path: str, flags: Mapping[str, type]) -> None:
+    """Refuse a file that is not YAML or has fields nobody knows."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: need a mapping of flags, found {type(content).__name__}")
+    for name in _leaves(content, flags):
+        if name not in flags:
+            raise _unknown(f"field in {path}:", name, list(flags))
+
+
+def _leaves(content: Mapping[str, Any], flags: Mapping[str, type], prefix: str = "") -> Iterator[str]:
+    for name, value in content.items():
+        whole = f"{prefix}{name}"
+        if isinstance(value, dict) and whole not in flags:
+            yield from _leaves(value, flags, f"{whole}.")
+        else:
+            yield whole
+
+
+def _root(error: BaseException) -> str:
+    """What went wrong: draccus hides the error of a dataclass's own check behind one for each level of nesting."""
+    while str(error).startswith("Couldn't instantiate") and error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())

@@ -1,0 +1,340 @@
+"""The only module that talks to MLflow: one run a job, metrics that survive, a status that is true.
+
+Points go to an actor beside the driver, which appends them to a spool file in the run's folder and returns; a thread
+ships the file in batches and remembers how far it came. The server may be away for as long as it likes. A point is
+known by its step: after a restart the replayed steps have the same values (that is what the plan is for), so the first
+writing of a step stays and later ones are dropped; no curve shows a step twice.
+"""
+
+import json
+import os
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
+from mlflow.exceptions import MlflowException
+from ray.actor import ActorHandle
+from ray.train import Checkpoint, UserCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+BATCH = 1000  # points; the REST API takes no more at once
+SHIP_EVERY_S = 1.0
+RETRY_AFTER_S = 5.0
+# Our own loop retries; MLflow's default is 7 retries with backoff, which blocks for four minutes.
+REQUEST_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+
+def check_reachable(uri: str) -> None:
+    """Refuse a tracking server that does not answer.
+
+    Raises:
+        ValueError: names the flag and the address.
+    """
+    if not uri.startswith(("http://", "https://")):
+        raise ValueError(
+            f"tracking.uri {uri!r}: need the http address of an MLflow server; `make up` starts one"
+        )
+    try:
+        with urllib.request.urlopen(f"{uri}/health", timeout=10) as response:
+            response.read()
+    except (urllib.error.URLError, TimeoutError, OSError) as error:
+        raise ValueError(
+            f"tracking.uri {uri}: no MLflow server answers ({error}); `make up` starts one"
+        ) from None
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """An MLflow run, by name of its server."""
+
+    uri: str
+    run_id: str
+    experiment_id: str
+
+    @property
+    def link(self) -> str:
+        """Opens on the run; without the parameter a fresh browser lands in MLflow's GenAI view."""
+        return (
+            f"{self.uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
+        )
+
+    @property
+    def client(self) -> MlflowClient:
+        os.environ.update(REQUEST_LIMITS)
+        return MlflowClient(self.uri)
+
+    def finish(self, status: str) -> None:
+        """End the run as FINISHED, FAILED or KILLED."""
+        self.client.set_terminated(self.run_id, status)
+
+
+def start_run(
+    uri: str,
+    *,
+    experiment: str,
+    name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+) -> TrackedRun:
+    """Create a run. `params` should be few and short: the UI prints all of them on every image card."""
+    os.environ.update(REQUEST_LIMITS)
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    experiment_id = found.experiment_id if found else client.create_experiment(experiment)
+    run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
+    client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in params.items()])
+    return TrackedRun(uri, run.info.run_id, experiment_id)
+
+
+def continue_run(uri: str, run_id: str, *, resumed_from_step: int, tags: Mapping[str, str]) -> TrackedRun:
+    """Set a run that was interrupted to RUNNING again."""
+    os.environ.update(REQUEST_LIMITS)
+    client = MlflowClient(uri)
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise ValueError(
+            f"tracking.uri {uri}: the server does not know MLflow run {run_id}: {error}"
+        ) from None
+    client.update_run(run_id, status="RUNNING")
+    changed = dict(tags) | {"resumed_from_step": str(resumed_from_step)}
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in changed.items()])
+    return TrackedRun(uri, run_id, run.info.experiment_id)
+
+
+def log_dataset(
+    run: TrackedRun, *, uri: str, fingerprint: str, features: Mapping[str, Any], counts: Any
+) -> None:
+    """The dataset as an input of the run, with its content's fingerprint as digest."""
+    entity = Dataset(
+        name=Path(uri).name,
+        digest=fingerprint[:32],  # MLflow's column takes 36
+        source_type="episode_dataset",
+        source=json.dumps({"uri": uri, "fingerprint": fingerprint}),
+        schema=json.dumps({"features": features})[:60_000],
+        profile=json.dumps(counts),
+    )
+    run.client.log_inputs(
+        run.run_id, datasets=[DatasetInput(entity, [InputTag("mlflow.data.context", "training")])]
+    )
+
+
+def source_tags() -> dict[str, str]:
+    """Who and what: git commit, user, Ray job. A submitted working directory has no .git: the submitter names it."""
+    tags = {"mlflow.source.name": "jobs/train_smolvla.py", "mlflow.source.type": "JOB"}
+    git = ["git", "-C", str(Path(__file__).parent)]
+    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = found.stdout.strip() or os.environ.get("SMOLVLA_GIT_COMMIT", "")
+    if commit:
+        tags |= {"mlflow.source.git.commit": commit, "git_commit": commit}
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
+    if "job_submission_id" in job:
+        tags["ray_job_id"] = job["job_submission_id"]
+    return tags
+
+
+class Spool:
+    """An append-only file of records and the offset up to which the server has them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._offset_path = path, path.with_suffix(".offset")
+        path.touch()
+        whole = path.read_bytes()
+        kept = whole.rfind(b"\n") + 1  # a writer that was killed may have left half a line
+        self.last_step = 0
+        for line in whole[:kept].splitlines():
+            record = json.loads(line)
+            if "metrics" in record:
+                self.last_step = max(self.last_step, record["step"])
+        self._file = path.open("ab")
+        self._file.truncate(kept)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one record; it is with the operating system when this returns."""
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Return when the file is on the disk."""
+        os.fsync(self._file.fileno())
+
+    @property
+    def offset(self) -> int:
+        """Bytes that the server has."""
+        return int(self._offset_path.read_text()) if self._offset_path.exists() else 0
+
+    def pending(self, limit: int) -> tuple[list[dict[str, Any]], int]:
+        """Up to `limit` records that the server does not have, and the offset behind them."""
+        offset = self.offset
+        records = []
+        with self.path.open("rb") as stream:
+            stream.seek(offset)
+            for line in stream:
+                if len(records) == limit or not line.endswith(b"\n"):
+                    break
+                records.append(json.loads(line))
+                offset += len(line)
+        return records, offset
+
+    def shipped(self, offset: int) -> None:
+        """Note what the server has."""
+        partial = self._offset_path.with_suffix(".partial")
+        partial.write_text(str(offset))
+        partial.replace(self._offset_path)
+
+
+class Shipper:
+    """The actor that holds the spool: takes points at once, delivers them when the server can be reached."""
+
+    def __init__(self, run: TrackedRun, spool_path: str) -> None:
+        self._run, self._spool = run, Spool(Path(spool_path))
+        self._latest: tuple[int, dict[str, float]] = (0, {})
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._ship, daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: dict[str, float], timestamp_ms: int) -> None:
+        self._latest = (step, metrics)
+        if step > self._spool.last_step:
+            self._spool.last_step = step
+            self._spool.append({"step": step, "timestamp": timestamp_ms, "metrics": metrics})
+
+    def checkpoint(self, step: int, uri: str, metrics: dict[str, float]) -> None:
+        self._spool.append({"step": step, "checkpoint": uri, "metrics_at": metrics})
+
+    def flush(self) -> None:
+        self._spool.sync()
+
+    def latest(self) -> tuple[int, dict[str, float]]:
+        """The newest point, for a progress line."""
+        return self._latest
+
+    def close(self, timeout_s: float) -> int:
+        """Deliver what is left for up to `timeout_s`; returns how many records the server still lacks."""
+        self._closing.set()
+        self._thread.join(timeout_s)
+        return len(self._spool.pending(10**9)[0])
+
+    def _ship(self) -> None:
+        while True:
+            try:
+                empty = not self._ship_some()
+            except MlflowException as error:
+                print(
+                    f"tracking server {self._run.uri} is away, points wait in {self._spool.path}: {error}"[
+                        :300
+                    ]
+                )
+                self._closing.wait(RETRY_AFTER_S)
+                time.sleep(SHIP_EVERY_S)
+                continue
+            if empty:
+                if self._closing.is_set():
+                    return
+                self._closing.wait(SHIP_EVERY_S)
+
+    def _ship_some(self) -> bool:
+        """Deliver one batch; False when there was nothing to deliver."""
+        records, offset = self._spool.pending(BATCH // 8)
+        if not records:
+            return False
+        points = [
+            Metric(key, value, record["timestamp"], record["step"])
+            for record in records
+            if "metrics" in record
+            for key, value in record["metrics"].items()
+        ]
+        client = self._run.client
+        for start in range(0, len(points), BATCH):
+            client.log_batch(self._run.run_id, metrics=points[start : start + BATCH])
+        for record in records:
+            if "checkpoint" in record:
+                self._log_checkpoint(client, record)
+        self._spool.shipped(offset)
+        return True
+
+    def _log_checkpoint(self, client: MlflowClient, record: Mapping[str, Any]) -> None:
+        """The checkpoint by reference; those that retention removed from storage leave the list."""
+        name = Path(record["checkpoint"]).name
+        models = client.search_logged_models(
+            [self._run.experiment_id], filter_string=f"source_run_id = '{self._run.run_id}'"
+        )
+        for model in models:
+            if not Path(model.params["checkpoint_uri"]).exists():
+                client.delete_logged_model(model.model_id)
+        if name in {model.name for model in models}:
+            return
+        model = client.create_logged_model(
+            self._run.experiment_id,
+            name=name,
+            source_run_id=self._run.run_id,
+            model_type="smolvla_checkpoint",
+            params={"step": str(record["step"]), "checkpoint_uri": record["checkpoint"]},
+            tags={"mlflow.model.is_external": "true"},
+        )
+        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        client.log_outputs(self._run.run_id, models=[LoggedModelOutput(model.model_id, step=record["step"])])
+        client.set_tag(self._run.run_id, "latest_checkpoint", record["checkpoint"])
+
+
+@dataclass(frozen=True)
+class RunWriter:
+    """What the train workers hold of the tracking: implements `pipelines.training.MetricWriter`."""
+
+    actor: ActorHandle
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send one step's values and return."""
+        self.actor.log.remote(step, dict(metrics), int(time.time() * 1000))
+
+    def flush(self) -> None:
+        """Return when all points sent so far are on disk."""
+        ray.get(self.actor.flush.remote())
+
+    def latest(self) -> tuple[int, dict[str, float]]:
+        """The newest point."""
+        return ray.get(self.actor.latest.remote())
+
+    def close(self, timeout_s: float = 60.0) -> int:
+        """Deliver the rest; returns how many records are still only in the spool."""
+        return ray.get(self.actor.close.remote(timeout_s))
+
+
+def run_writer(run: TrackedRun, spool_path: Path) -> RunWriter:
+    """Start the actor that ships a run's points, on this process's node, where its spool is."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Shipper).options(
+        num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": REQUEST_LIMITS}
+    )
+    return RunWriter(actor.remote(run, str(spool_path)))
+
+
+class CheckpointsInMlflow(UserCallback):
+    """Tells the writer of every checkpoint that Ray Train registered. Runs in Train's controller: it must not fail."""
+
+    def __init__(self, writer: RunWriter) -> None:
+        self._writer = writer
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+    ) -> None:
+        if checkpoint is not None:
+            self._writer.actor.checkpoint.remote(metrics[0]["step"], checkpoint.path, {})

@@ -1,0 +1,480 @@
+"""Train SmolVLA on a Ray cluster.
+
+ray job submit --working-dir . -- python jobs/train_smolvla.py --config configs/train/demo.yaml \
+    --dataset.path /data/episodes --storage_path /data/runs --run_name first --steps 200 --num_workers 2
+
+The same command again continues the run, if it is not complete. Every flag may stand in the YAML file.
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import draccus
+import numpy as np
+import ray
+import torch
+import yaml
+
+from jobs import command_line, tracking
+from pipelines import training
+from pipelines.dataset import EpisodeDataset, open_dataset
+from pipelines.stream import SampleReader, Source, StreamConfig
+from pipelines.training import Cluster, Run, TrainConfig
+from smolvla.configuration import SmolVLAConfig
+from smolvla.data_utils import Normalizer, tokenize_tasks
+from smolvla.modeling import SmolVLAPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions:
+    path: str = ""
+    """Episode dataset: a folder or a URI."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    path: str = ""
+    """Folder to start from: a checkpoint (config.json and model.safetensors) or only a config.json."""
+    allow_random_weights: bool = False
+    """Whether a folder without weights is accepted, and the model drawn at random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """What is None is taken from the policy's config.json."""
+
+    lr: float | None = None
+    weight_decay: float | None = None
+    grad_clip_norm: float | None = None
+    warmup_steps: int | None = None
+    decay_steps: int | None = None
+    """Steps of the cosine decay; None: all steps of the run."""
+    decay_lr: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    every: int = 1000
+    """Steps; the last step is always saved."""
+    keep: int = 3
+    """The newest ones that stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingOptions:
+    uri: str = "http://127.0.0.1:5000"
+    """MLflow server."""
+    experiment: str = "smolvla"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """The flags of the job; a resolved copy is printed and logged."""
+
+    dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    policy: PolicyOptions = field(default_factory=PolicyOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+    run_name: str = ""
+    """Name of the run and of its folder; the same name continues the same run."""
+    storage_path: str = ""
+    """Folder of all runs; every node must see it."""
+    steps: int = 20_000
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Samples a step, over all workers."""
+    micro_batch: int = 8
+    """Samples a worker takes through the model at once."""
+    mixing_rows: int = 1024
+    """Rows shuffled together."""
+    seed: int = 1000
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; master weights are float32."""
+    num_workers: int = 1
+    use_gpu: bool = False
+    cpus_per_worker: float = 1.0
+    max_failures: int = 3
+    """Restarts of dead workers before the run fails; -1: no limit."""
+    log_every: int = 10
+    """Steps."""
+    record_rows: bool = False
+    """Whether workers write the ids of the rows they trained on to <run>/rows/."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch", "num_workers", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1")
+        for name in ("every", "keep"):
+            if getattr(self.checkpoint, name) < 1:
+                raise ValueError(f"checkpoint.{name} {getattr(self.checkpoint, name)} is below 1")
+        if self.cpus_per_worker <= 0:
+            raise ValueError(f"cpus_per_worker {self.cpus_per_worker} is not positive")
+        if self.batch_size % (self.micro_batch * self.num_workers):
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch} * "
+                f"num_workers {self.num_workers}"
+            )
+        for name in ("run_name", "storage_path"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing")
+        for name in ("dataset", "policy"):
+            if not getattr(self, name).path:
+                raise ValueError(f"{name}.path is missing")
+        if "/" in self.run_name or self.run_name.startswith("."):
+            raise ValueError(f"run_name {self.run_name!r}: must be the name of a folder")
+
+
+OPTIMIZER_FIELDS = {  # flag of the group `optimizer` -> field of the policy's config.json
+    "lr": "optimizer_lr",
+    "weight_decay": "optimizer_weight_decay",
+    "grad_clip_norm": "optimizer_grad_clip_norm",
+    "warmup_steps": "scheduler_warmup_steps",
+    "decay_lr": "scheduler_decay_lr",
+}
+NOT_IDENTITY = ("log_every", "checkpoint_every", "record_rows")  # these change no number of the run
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All inputs of the run, checked; nothing is started yet."""
+
+    dataset: EpisodeDataset
+    policy_config: SmolVLAConfig
+    reader: SampleReader
+    train: TrainConfig
+    folder: Path
+    identity: dict[str, Any]
+
+
+def prepare(job: TrainJob) -> Prepared:
+    """Check everything that can be wrong.
+
+    Raises:
+        ValueError: names the flag, file or field, and the value.
+    """
+    folder = _run_folder(job)
+    dataset = open_dataset(_readable(job.dataset.path, flag="dataset.path"))
+    policy_config = _policy_config(job, dataset)
+    stream = StreamConfig(seed=job.seed, micro_batch=job.micro_batch, mixing_rows=job.mixing_rows)
+    train = _train_config(job)
+    reader = SampleReader(
+        [_source(dataset, policy_config)],
+        stream,
+        chunk_size=policy_config.chunk_size,
+        image_box=policy_config.resize_imgs_with_padding,
+    )
+    numbers = {k: v for k, v in asdict(train).items() if k not in NOT_IDENTITY}
+    identity = numbers | {
+        "mixing_rows": job.mixing_rows,
+        "dataset_fingerprint": dataset.fingerprint,
+        "policy_path": job.policy.path,
+        "policy": policy_config.to_dict(),
+    }
+    _check_same_run(folder, identity)
+    return Prepared(dataset, policy_config, reader, train, folder, json.loads(json.dumps(identity)))
+
+
+def _run_folder(job: TrainJob) -> Path:
+    storage = Path(job.storage_path).expanduser()
+    if "://" in job.storage_path:
+        raise ValueError(
+            f"storage_path {job.storage_path}: only folders that all nodes see are supported so far"
+        )
+    if not storage.is_absolute():
+        raise ValueError(f"storage_path {job.storage_path!r} is relative, and a submitted job runs in a copy")
+    folder = storage / job.run_name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"storage_path {job.storage_path}: cannot be written: {error}") from None
+    return folder
+
+
+def _readable(path: str, *, flag: str) -> str:
+    if "://" in path or Path(path).expanduser().exists():
+        return path
+    where = "" if Path(path).is_absolute() else f" (relative to the job's working directory {Path.cwd()})"
+    raise ValueError(f"{flag} {path!r} does not exist{where}")
+
+
+def _policy_config(job: TrainJob, dataset: EpisodeDataset) -> SmolVLAConfig:
+    """The policy's config with the dataset's features."""
+    path = _readable(job.policy.path, flag="policy.path")
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"policy.path {path}: no config.json in it")
+    if not (Path(path) / "model.safetensors").is_file() and not job.policy.allow_random_weights:
+        raise ValueError(
+            f"policy.path {path}: no model.safetensors, so the model would be random; "
+            "--policy.allow_random_weights true accepts that"
+        )
+    config = SmolVLAConfig.from_pretrained(path)
+    inputs, outputs = dataset.policy_features()
+    known = config.camera_names if config.input_features else []
+    if known and sorted(known) != sorted(dataset.camera_names):
+        raise ValueError(f"policy.path {path}: cameras {known}, the dataset has {dataset.camera_names}")
+    ordered = {
+        name: inputs[name] for name in known
+    } | inputs  # the policy's camera order is part of its weights
+    chosen = {field: getattr(job.optimizer, flag) for flag, field in OPTIMIZER_FIELDS.items()}
+    chosen = {field: value for field, value in chosen.items() if value is not None}
+    return config.with_features(ordered, outputs).changed(**chosen)
+
+
+def _source(dataset: EpisodeDataset, config: SmolVLAConfig) -> Source:
+    features = config.input_features | config.output_features
+    normalizer = Normalizer(dataset.stats, features, config.normalization_mapping)
+    tokens, mask = tokenize_tasks(
+        list(dataset.tasks),
+        config.vlm_source(),
+        max_length=config.tokenizer_max_length,
+        padding=config.pad_language_to,
+    )
+    return Source(dataset, normalizer, np.asarray(tokens), np.asarray(mask))
+
+
+def _train_config(job: TrainJob) -> TrainConfig:
+    return TrainConfig(
+        steps=job.steps,
+        batch_size=job.batch_size,
+        micro_batch=job.micro_batch,
+        seed=job.seed,
+        decay_steps=job.optimizer.decay_steps,
+        precision=job.precision,
+        log_every=job.log_every,
+        checkpoint_every=job.checkpoint.every,
+        record_rows=job.record_rows,
+    )
+
+
+def _check_same_run(folder: Path, identity: dict[str, Any]) -> None:
+    """A run continues as what it was: a changed number would make its curve a lie."""
+    if not (folder / "run.json").exists():
+        return
+    before = json.loads((folder / "run.json").read_text())["identity"]
+    for name, value in json.loads(json.dumps(identity)).items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"run_name {folder.name}: this run has {name} {before.get(name)!r}, now {value!r}; "
+                "take another run_name, or delete the folder"
+            )
+
+
+@contextlib.contextmanager
+def only_driver(folder: Path) -> Iterator[None]:
+    """Hold the run's folder: two jobs that write one run would destroy it."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            command_line.fail(f"run_name {folder.name}: another job is running it, {folder} is locked")
+        yield
+
+
+def write_start(prepared: Prepared, job: TrainJob) -> None:
+    """Put the policy of step 0 into the run's folder, where every worker and every resumption finds the same one."""
+    start, partial = prepared.folder / "start", prepared.folder / "start.partial"
+    if start.exists():
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    torch.manual_seed(job.seed)
+    config = prepared.policy_config
+    weights = Path(job.policy.path) / "model.safetensors"
+    policy = (
+        SmolVLAPolicy.from_pretrained(job.policy.path, config=config)
+        if weights.is_file()
+        else SmolVLAPolicy(config)
+    )
+    policy.save_pretrained(partial, stats=prepared.dataset.stats)
+    partial.rename(start)
+
+
+def check_cluster(job: TrainJob) -> None:
+    """Refuse what the cluster can never give; Ray would wait for it in silence."""
+    have = ray.cluster_resources()
+    need = job.num_workers * job.cpus_per_worker
+    if have.get("CPU", 0) < need + 1:
+        raise ValueError(
+            f"num_workers {job.num_workers} * cpus_per_worker {job.cpus_per_worker} and one CPU for the data need "
+            f"{need + 1} CPUs, the cluster has {have.get('CPU', 0)}"
+        )
+    if job.use_gpu and have.get("GPU", 0) < job.num_workers:
+        raise ValueError(
+            f"num_workers {job.num_workers} with use_gpu, the cluster has {have.get('GPU', 0)} GPUs"
+        )
+
+
+def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.TrackedRun:
+    """The MLflow run: a new one, or the one that this run's folder names."""
+    record = prepared.folder / "run.json"
+    if record.exists():
+        known = json.loads(record.read_text())
+        return tracking.continue_run(
+            job.tracking.uri, known["mlflow_run_id"], resumed_from_step=step, tags=tracking.source_tags()
+        )
+    dataset = prepared.dataset
+    params = {
+        "policy": job.policy.path,
+        "dataset": job.dataset.path,
+        "dataset_fingerprint": dataset.fingerprint,
+        "steps": job.steps,
+        "batch_size": job.batch_size,
+        "micro_batch": job.micro_batch,
+        "num_workers": job.num_workers,
+        "lr": prepared.policy_config.optimizer_lr,
+        "seed": job.seed,
+        "precision": job.precision,
+        "chunk_size": prepared.policy_config.chunk_size,
+        "run_folder": str(prepared.folder),
+    }
+    run = tracking.start_run(
+        job.tracking.uri,
+        experiment=job.tracking.experiment,
+        name=job.run_name,
+        params=params,
+        tags=tracking.source_tags(),
+    )
+    counts = {
+        "episodes": len(dataset.episode_index),
+        "frames": dataset.num_frames,
+        "tasks": len(dataset.tasks),
+    }
+    tracking.log_dataset(
+        run, uri=dataset.uri, fingerprint=dataset.fingerprint, features=dataset.features, counts=counts
+    )
+    run.client.log_text(run.run_id, resolved(job), "config/job.yaml")
+    run.client.log_dict(run.run_id, prepared.identity, "config/identity.json")
+    run.client.log_dict(run.run_id, prepared.policy_config.to_dict(), "config/policy.json")
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps({"mlflow_run_id": run.run_id, "identity": prepared.identity}, indent=1))
+    partial.rename(record)
+    return run
+
+
+def resolved(job: TrainJob) -> str:
+    """The job's flags with all defaults, as YAML."""
+    return yaml.safe_dump(asdict(job), sort_keys=False)
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: somebody asked
+    """The job was told to stop."""
+
+
+@contextlib.contextmanager
+def truthful_end(run: tracking.TrackedRun) -> Iterator[None]:
+    """Whatever ends the job, the MLflow run says so. SIGKILL alone leaves it RUNNING."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        run.finish("KILLED")  # first of all: `ray job stop` kills after 3 s
+        raise Stopped(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except Stopped:
+        raise
+    except BaseException:
+        run.finish("FAILED")
+        raise
+    else:
+        run.finish("FINISHED")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def show_progress(writer: tracking.RunWriter, job: TrainJob, done: threading.Event) -> None:
+    """Print a line whenever there is a new point."""
+    started, first, shown = time.monotonic(), None, 0
+    while not done.wait(2.0):
+        step, metrics = writer.latest()
+        if step == shown:
+            continue
+        first, shown = first or step, step
+        rate = (step - first) / (time.monotonic() - started) if step > first else 0.0
+        left = f"{(job.steps - step) / rate:5.0f} s left" if rate else ""
+        print(
+            f"step {step:6d}/{job.steps}  loss {metrics['train/loss']:.4f}  lr {metrics['train/lr']:.2e}  "
+            f"{metrics['data/samples_per_s']:6.1f} samples/s  waits {metrics['data/wait_share']:4.0%}  {left}",
+            flush=True,
+        )
+
+
+def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
+    """Run the training; returns the figures of the report line."""
+    at = training.position(prepared.folder)
+    if at.step >= job.steps:
+        print(f"run {job.run_name} is complete at step {at.step}; nothing to do")
+        return {"run_folder": str(prepared.folder), "step": at.step}
+    write_start(prepared, job)
+    run = tracked(job, prepared, step=at.step)
+    print(f"MLflow run: {run.link}", flush=True)
+    if at.step:
+        print(f"continues from step {at.step}", flush=True)
+    started, done = time.monotonic(), threading.Event()
+    with truthful_end(run):
+        writer = tracking.run_writer(run, prepared.folder / "metrics.jsonl")
+        progress = threading.Thread(target=show_progress, args=(writer, job, done), daemon=True)
+        progress.start()
+        try:
+            training.fit(
+                Run(
+                    folder=prepared.folder,
+                    train=prepared.train,
+                    identity=prepared.identity,
+                    stats=prepared.dataset.stats,
+                    num_frames=prepared.dataset.num_frames,
+                    writer=writer,
+                ),
+                prepared.reader,
+                Cluster(
+                    num_workers=job.num_workers,
+                    use_gpu=job.use_gpu,
+                    cpus_per_worker=job.cpus_per_worker,
+                    max_failures=job.max_failures,
+                    keep_checkpoints=job.checkpoint.keep,
+                ),
+                callbacks=[tracking.CheckpointsInMlflow(writer)],
+            )
+        finally:
+            done.set()
+            undelivered = writer.close()
+    return {
+        "mlflow": run.link,
+        "run_folder": str(prepared.folder),
+        "step": job.steps,
+        "samples": job.steps * job.batch_size,
+        "seconds": round(time.monotonic() - started, 1),
+        "undelivered_records": undelivered,
+    }
+
+
+def main(job: TrainJob) -> None:
+    """Check, start, train, report."""
+    print(resolved(job), flush=True)
+    with command_line.refusals():
+        prepared = prepare(job)
+        tracking.check_reachable(job.tracking.uri)
+    with only_driver(prepared.folder):
+        command_line.start_ray()
+        with command_line.refusals():
+            check_cluster(job)
+        print(json.dumps(train(job, prepared)), flush=True)
+
+
+if __name__ == "__main__":
+    main(command_line.parsed(TrainJob, sys.argv[1:]))

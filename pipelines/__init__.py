@@ -1,0 +1,1 @@
+"""Ray Data and Ray Train: datasets in, datasets and trained policies out."""

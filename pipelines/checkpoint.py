@@ -1,0 +1,177 @@
+"""Checkpoints: one folder each, sharded, self-describing, complete or not there.
+
+step_000000200/
+    pretrained_model/   what LeRobot and `SmolVLAPolicy.from_pretrained` load: weights, config, processors
+    training_state/     master weights of what trains and AdamW's moments, as DCP shards in safetensors; trainer.json
+    MANIFEST.json       size and SHA-256 of every file, written last: a folder without a good one is never resumed from
+
+Nothing is pickled: torch's distributed checkpoint writes through its safetensors storage, which reshards on reading, so a
+run saved by two workers continues on three.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
+
+from smolvla.modeling import SmolVLAPolicy
+
+MANIFEST, PRETRAINED, TRAINING = "MANIFEST.json", "pretrained_model", "training_state"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside the step count
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: all that is needed to go on with the same samples and the same noise."""
+
+    step: int
+    """Optimiser steps done."""
+    samples_seen: int
+    """Position in the stream."""
+
+
+def folder_name(step: int) -> str:
+    """Name of a checkpoint's folder; deterministic, so that a repeated save replaces instead of leaking."""
+    return f"step_{step:09d}"
+
+
+def write_manifest(folder: Path) -> None:
+    """Seal a checkpoint: list every file with size and hash, then put the list in place by one rename."""
+    entries = {name: _entry(folder / name) for name in _files(folder)}
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps({"files": entries}, indent=1))
+    partial.rename(folder / MANIFEST)
+
+
+def problem(folder: Path) -> str | None:
+    """Why a folder is no good checkpoint, or None if it is."""
+    try:
+        declared = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{folder}: no readable {MANIFEST}: {error}"
+    for name, entry in declared.items():
+        if not (folder / name).is_file():
+            return f"{folder}: {name} is missing"
+        found = _entry(folder / name)
+        if found != entry:
+            return f"{folder}: {name} is {found}, {MANIFEST} says {entry}"
+    return None
+
+
+def latest(run_folder: Path) -> Path | None:
+    """The newest good checkpoint of a run, registered with Ray Train or not."""
+    folders = sorted(run_folder.glob("step_*"), reverse=True)
+    return next((folder for folder in folders if problem(folder) is None), None)
+
+
+def progress(folder: Path) -> Progress:
+    """Where the run was when a checkpoint was taken."""
+    trainer = json.loads((folder / TRAINING / "trainer.json").read_text())
+    return Progress(step=trainer["step"], samples_seen=trainer["samples_seen"])
+
+
+def save(
+    folder: Path,
+    policy: SmolVLAPolicy,
+    optimizer: AdamW,
+    *,
+    at: Progress,
+    identity: Mapping[str, Any],
+    stats: Mapping[str, Any],
+    group: dist.ProcessGroup,
+) -> Callable[[], None]:
+    """Start saving; every rank calls it. The returned function finishes the save and may run in another thread.
+
+    The weights are copied before this returns, so training goes on at once.
+
+    Args:
+        folder: the checkpoint's folder; what an interrupted save left there is removed.
+        policy: without a wrapper; its parameters may be sharded by FSDP2.
+        optimizer: over the policy's trainable parameters.
+        at: steps and samples done.
+        identity: what the run is, written beside the position.
+        stats: normalisation statistics of the dataset, for the exported processors.
+        group: a gloo group of all ranks, used by nothing else.
+    """
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / TRAINING).mkdir(parents=True)
+    dist.barrier(group)
+    writer = HuggingFaceStorageWriter(path=str(folder / TRAINING), save_distributed=True)
+    written = dcp.async_save(_training_state(policy, optimizer), storage_writer=writer, process_group=group)
+    weights = _full_weights(policy)
+
+    def finish() -> None:
+        written.result()  # on rank 0 this waits for every rank's shards
+        if rank != 0:
+            return
+        policy.save_pretrained(folder / PRETRAINED, stats=stats, state_dict=weights)
+        trainer = asdict(at) | {"identity": identity}
+        (folder / TRAINING / "trainer.json").write_text(json.dumps(trainer, indent=1))
+        write_manifest(folder)
+
+    return finish
+
+
+def load(folder: Path, policy: SmolVLAPolicy, optimizer: AdamW) -> Progress:
+    """Put master weights and optimiser state back in place; every rank calls it, at any number of ranks.
+
+    The frozen weights are expected in `policy` already: they are those of `pretrained_model/`.
+    """
+    for parameter in _trainable(policy).values():
+        optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS}
+    state = _training_state(policy, optimizer)
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(path=str(folder / TRAINING)))
+    at = progress(folder)
+    for parameter in _trainable(policy).values():
+        optimizer.state[parameter]["step"] = torch.tensor(
+            float(at.step)
+        )  # where AdamW's default keeps it: the CPU
+    return at
+
+
+def _trainable(policy: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def _training_state(policy: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """Views of everything that changes while training, by name; loading writes through them."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in _trainable(policy).items():
+        state[f"policy.{name}"] = parameter.detach()
+        for moment in MOMENTS:
+            state[f"optimizer.{name}.{moment}"] = optimizer.state[parameter][moment]
+    return state
+
+
+def _full_weights(policy: nn.Module) -> dict[str, Tensor]:
+    """Rank 0's copy on the CPU of what trains, and the frozen rest as it is; unsharded."""
+    weights = {}
+    trainable = _trainable(policy)
+    for name, value in policy.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        weights[name] = whole.detach().to("cpu", copy=name in trainable)
+    return weights
+
+
+def _files(folder: Path) -> list[str]:
+    paths = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return [str(p.relative_to(folder)) for p in paths if not p.name.startswith(MANIFEST)]
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}

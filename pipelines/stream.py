@@ -1,0 +1,347 @@
+"""Plan -> Ray Data -> model-ready micro-batches.
+
+One Ray Data dataset a run. A read task is one mixing group of the plan: it reads the row groups, cuts the action
+windows, shuffles the rows while they are still compressed, and hands them on as micro-batches; a second step decodes,
+shrinks, normalises and looks up the task's tokens. Blocks are exactly one micro-batch and their order is preserved,
+so worker r of W receives the micro-batches m with m % W == r. The worker checks that instead of believing it.
+
+Shape letters: b micro-batch, H chunk, A action width, S state width, L tokens, (h, w) image after fitting.
+"""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.data import DataContext, Dataset, Datasource
+from ray.data.block import BlockMetadata
+from ray.data.collate_fn import NumpyBatchCollateFn
+from ray.data.datasource import ReadTask
+
+from pipelines.dataset import EpisodeDataset, RowGroups
+from pipelines.plan import Plan, Rows
+from smolvla.data_utils import Normalizer, fitted_size
+
+Batch = dict[str, NDArray[Any]]
+
+OPEN_FILES = 64  # Parquet footers a worker process keeps parsed; about 100 kB each
+ROW_IDS = ("micro_batch", "source", "epoch", "episode_index", "frame_index")
+TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """How an episode dataset becomes micro-batches."""
+
+    seed: int = 1000
+    """Of the order of samples, and with it of noise and time."""
+    micro_batch: int = 8
+    """Rows a worker takes through the model at once."""
+    mixing_rows: int = 1024
+    """Rows shuffled together; a multiple of `micro_batch`."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch", "mixing_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1")
+        if self.mixing_rows % self.micro_batch:
+            raise ValueError(
+                f"mixing_rows {self.mixing_rows} is not a multiple of micro_batch {self.micro_batch}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed} is negative")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset of a mixture, with what its rows need on the way to the model."""
+
+    dataset: EpisodeDataset
+    normalizer: Normalizer
+    tokens: NDArray[np.int64]
+    """(tasks, L): the token ids of each task string."""
+    token_mask: NDArray[np.bool_]
+    """(tasks, L): True where a token is real."""
+    weight: float | None = None
+    """Share of the mixture; None for all: each its number of frames."""
+
+
+@dataclass(frozen=True)
+class SampleReader:
+    """Turns rows of the plan into encoded rows, and encoded rows into arrays. Knows no Ray."""
+
+    sources: Sequence[Source]
+    config: StreamConfig
+    chunk_size: int
+    """H: actions in a window, in frames of the dataset."""
+    image_box: Sequence[int] | None
+    """(width, height) in pixels that the model resizes into; larger images are shrunk to fit inside. None: as is."""
+
+    def __post_init__(self) -> None:
+        first = self.sources[0].dataset
+        for source in self.sources[1:]:
+            other = source.dataset
+            if other.policy_features() != first.policy_features():
+                raise ValueError(
+                    f"{other.uri} and {first.uri} differ in cameras, image sizes, state or action"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            f.name: getattr(self, f.name) for f in fields(self)
+        }  # open files and the plan stay in their process
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """The order of rows."""
+        weights = [source.weight for source in self.sources]
+        given = [weight for weight in weights if weight is not None]
+        if given and len(given) != len(weights):
+            raise ValueError(f"weights {weights}: give every dataset a weight, or none")
+        return Plan(
+            [source.dataset.row_groups.rows for source in self.sources],
+            weights=given or None,
+            seed=self.config.seed,
+            micro_batch=self.config.micro_batch,
+            mixing_rows=self.config.mixing_rows,
+        )
+
+    @property
+    def camera_names(self) -> list[str]:
+        """Image columns, in declared order."""
+        return self.sources[0].dataset.camera_names
+
+    def encoded(self, group: int, *, first: int = 0) -> Iterator[pa.Table]:
+        """The micro-batches of a mixing group from its `first` one on, images still compressed."""
+        b, per_group = self.config.micro_batch, self.plan.batches_per_group
+        rows = self.plan.mixing_group(group)[slice(first * b, None)]
+        table = self._encoded_rows(rows)
+        for place in range(first, per_group):
+            batch = table.slice((place - first) * b, b)
+            number = np.full(b, group * per_group + place, dtype=np.int64)
+            yield batch.append_column("micro_batch", pa.array(number)).combine_chunks()
+
+    def _encoded_rows(self, rows: Rows) -> pa.Table:
+        """Rows in the order given: read unit by unit, then put in order."""
+        keys = np.stack([rows.source, rows.row_group], axis=1)
+        units, unit_of_row = np.unique(keys, axis=0, return_inverse=True)
+        tables, starts, total = [], [], 0
+        for source, unit in units.tolist():
+            table = self._unit(source, unit)
+            tables.append(table)
+            starts.append(total)
+            total += len(table)
+        place = np.array(starts)[unit_of_row.reshape(-1)] + rows.offset
+        table = pa.concat_tables(tables).combine_chunks().take(pa.array(place))
+        return table.append_column("source", pa.array(rows.source)).append_column(
+            "epoch", pa.array(rows.epoch)
+        )
+
+    def _unit(self, source: int, unit: int) -> pa.Table:
+        """All rows of one row group, with the action windows that reach beyond it."""
+        dataset = self.sources[source].dataset
+        groups = dataset.row_groups
+        episode, first_frame, rows = (
+            groups.episode[unit],
+            int(groups.first_frame[unit]),
+            int(groups.rows[unit]),
+        )
+        file = self._file(source, int(groups.file[unit]))
+        columns = ["observation.state", "episode_index", "frame_index", "task_index", *self.camera_names]
+        table = _slice(file.read_row_group(int(groups.group[unit]), columns=columns), groups, unit)
+        expected = (int(dataset.episode_index[episode]), first_frame, first_frame + rows - 1)
+        found = (
+            table["episode_index"][0].as_py(),
+            table["frame_index"][0].as_py(),
+            table["frame_index"][-1].as_py(),
+        )
+        if expected != found:
+            name = f"{dataset.uri}/{dataset.files[groups.file[unit]]}"
+            raise ValueError(
+                f"{name}: row group {groups.group[unit]} holds (episode, frames) {found}, not {expected}"
+            )
+        actions = self._actions(source, file, unit, last_frame=first_frame + rows - 1 + self.chunk_size - 1)
+        length = int(dataset.episode_length[episode])
+        window = np.arange(first_frame, first_frame + rows)[:, None] + np.arange(self.chunk_size)
+        chunk = actions[np.minimum(window, length - 1) - first_frame]  # (rows, H, A)
+        arrays = {"observation.state": _vectors(table["observation.state"]), "action": chunk}
+        arrays["action_is_pad"] = window >= length
+        for name, values in arrays.items():
+            flat = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values[0].size)
+            table = table.drop_columns(name) if name in table.column_names else table
+            table = table.append_column(name, flat)
+        for camera in self.camera_names:
+            encoded = table[camera].combine_chunks().field("bytes").cast(pa.large_binary())
+            table = table.drop_columns(camera).append_column(camera, encoded)
+        return table
+
+    def _actions(
+        self, source: int, file: pq.ParquetFile, unit: int, *, last_frame: int
+    ) -> NDArray[np.float32]:
+        """(frames, A): the actions from the unit's first frame to `last_frame` or the end of the episode."""
+        groups = self.sources[source].dataset.row_groups
+        end = int(self.sources[source].dataset.groups_of_episode[groups.episode[unit] + 1])
+        beyond = np.searchsorted(groups.first_frame[unit:end], last_frame, side="right")
+        parts = []
+        for i in range(unit, unit + int(beyond)):
+            parts.append(_slice(file.read_row_group(int(groups.group[i]), columns=["action"]), groups, i))
+        return _vectors(pa.concat_tables(parts)["action"])
+
+    @functools.cached_property
+    def _file(self) -> Callable[[int, int], pq.ParquetFile]:
+        """(source, number of the file) -> the open file."""
+        return functools.lru_cache(OPEN_FILES)(
+            lambda source, number: self.sources[source].dataset.open_file(number)
+        )
+
+    def decoded(self, batch: pa.Table) -> Batch:
+        """Encoded rows -> arrays: images uint8 (b, h, w, 3), the rest float32, int64 and bool."""
+        b = len(batch)
+        out: Batch = {name: batch[name].to_numpy() for name in ROW_IDS}
+        out["action_is_pad"] = _vectors(batch["action_is_pad"])
+        state = _vectors(batch["observation.state"])
+        action = _vectors(batch["action"]).reshape(b, self.chunk_size, -1)
+        task = batch["task_index"].to_numpy()
+        out["observation.state"], out["action"] = np.empty_like(state), np.empty_like(action)
+        width = max(source.tokens.shape[1] for source in self.sources)
+        out[TOKENS], out[TOKEN_MASK] = np.zeros((b, width), dtype=np.int64), np.zeros((b, width), dtype=bool)
+        for number, source in enumerate(self.sources):
+            mine = np.flatnonzero(out["source"] == number)
+            for name, values in (("observation.state", state), ("action", action)):
+                out[name][mine] = source.normalizer.normalize(name, values[mine])
+            tokens = source.tokens.shape[1]
+            out[TOKENS][mine, :tokens] = source.tokens[task[mine]]
+            out[TOKEN_MASK][mine, :tokens] = source.token_mask[task[mine]]
+        for camera in self.camera_names:
+            height, width = self.image_size(camera)
+            images = np.empty((b, height, width, 3), dtype=np.uint8)
+            for i, encoded in enumerate(batch[camera]):
+                images[i] = self._image(encoded.as_py(), camera=camera, batch=batch, row=i)
+            out[camera] = images
+        return out
+
+    def image_size(self, camera: str) -> tuple[int, int]:
+        """(h, w) of a camera's images as the stream hands them on: shrunk to fit the box, never enlarged."""
+        height, width = self.sources[0].dataset.image_size(camera)
+        if self.image_box is None or (width <= self.image_box[0] and height <= self.image_box[1]):
+            return height, width
+        return fitted_size(height, width, self.image_box)
+
+    def _image(self, encoded: bytes | None, *, camera: str, batch: pa.Table, row: int) -> NDArray[np.uint8]:
+        """One decoded image (h, w, 3) RGB.
+
+        Shrinking is bilinear without antialiasing, as in the reference; it differs from the reference's float
+        arithmetic by rounding to whole levels.
+        """
+        height, width = self.sources[0].dataset.image_size(camera)
+        # cv2 decodes bit for bit what PIL and torchvision decode, and reads the size from the header first.
+        image = (
+            cv2.imdecode(np.frombuffer(encoded or b"", dtype=np.uint8), cv2.IMREAD_COLOR_RGB)
+            if encoded
+            else None
+        )
+        if image is None or image.shape[:2] != (height, width):
+            source = self.sources[batch["source"][row].as_py()].dataset.uri
+            where = (
+                f"{source}: episode {batch['episode_index'][row]} frame {batch['frame_index'][row]}: {camera}"
+            )
+            found = "cannot be decoded" if image is None else f"is {image.shape[0]} x {image.shape[1]} pixels"
+            raise ValueError(f"{where}: the image {found}, info.json declares {height} x {width}")
+        target = self.image_size(camera)
+        if target == (height, width):
+            return image
+        return cv2.resize(image, target[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def _slice(table: pa.Table, groups: RowGroups, unit: int) -> pa.Table:
+    """The unit's rows of its row group."""
+    return table.slice(int(groups.skip[unit]), int(groups.rows[unit]))
+
+
+def _vectors(column: pa.ChunkedArray) -> NDArray[Any]:
+    """A list column (or a scalar one, LeRobot's shape (1,)) as (rows, width)."""
+    flat = pc.list_flatten(column) if pa.types.is_nested(column.type) else column
+    return flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+
+class PlannedDatasource(Datasource):
+    """Read tasks for the micro-batches [start, stop) of a plan, one task a mixing group."""
+
+    def __init__(
+        self, reader: "ray.ObjectRef[SampleReader]", config: StreamConfig, *, start: int, stop: int
+    ) -> None:
+        super().__init__()
+        self._reader = reader
+        self._per_group, self._rows = config.mixing_rows // config.micro_batch, config.micro_batch
+        self._start, self._stop = start, stop
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        tasks = []
+        for group in range(self._start // self._per_group, -(-self._stop // self._per_group)):
+            first = max(self._start - group * self._per_group, 0)
+            last = min(self._stop - group * self._per_group, self._per_group)
+            metadata = BlockMetadata(
+                num_rows=(last - first) * self._rows, size_bytes=None, input_files=None, exec_stats=None
+            )
+            read = functools.partial(_read, self._reader, group, first, last)
+            tasks.append(ReadTask(read, metadata, per_task_row_limit=per_task_row_limit))
+        return tasks
+
+
+@functools.lru_cache(maxsize=4)
+def _local(reader: "ray.ObjectRef[SampleReader]") -> SampleReader:
+    """The reader, kept by each worker process with its open files and permuted epochs."""
+    cv2.setNumThreads(1)  # Ray gives a task its cores
+    return ray.get(reader)
+
+
+def _read(reader: "ray.ObjectRef[SampleReader]", group: int, first: int, last: int) -> Iterator[pa.Table]:
+    return itertools.islice(_local(reader).encoded(group, first=first), last - first)
+
+
+def micro_batches(reader: SampleReader, *, start: int, stop: int) -> Dataset:
+    """The micro-batches [start, stop) as a Ray dataset, one block each, in order.
+
+    Args:
+        reader: what to read and how.
+        start: first micro-batch: samples seen / micro-batch.
+        stop: one past the last.
+    """
+    ref = ray.put(reader)  # once, however many tasks there are
+
+    def decode(batch: pa.Table) -> Batch:
+        return _local(ref).decoded(batch)
+
+    b = reader.config.micro_batch
+    # override_num_blocks=1 keeps Ray from splitting blocks; the number of read tasks stays ours.
+    rows = ray.data.read_datasource(
+        PlannedDatasource(ref, reader.config, start=start, stop=stop), override_num_blocks=1
+    )
+    batches = rows.map_batches(decode, batch_size=b, batch_format="pyarrow")
+    return batches.repartition(target_num_rows_per_block=b, strict=True)
+
+
+class ToTorch(NumpyBatchCollateFn):
+    """A block -> tensors that share its memory; images become [b, 3, h, w] views."""
+
+    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+        with warnings.catch_warnings():
+            # The blocks lie read-only in the object store, and nothing here writes to them.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+        return {name: t.permute(0, 3, 1, 2) if t.dim() == 4 else t for name, t in tensors.items()}
