@@ -1,7 +1,7 @@
-"""Typed flags over a YAML file, for every job: a frozen dataclass is the list of flags, one line says what is wrong.
+"""Typed flags over a YAML file, for every job: a frozen dataclass lists them, one line says what is wrong.
 
-`--config FILE` names the YAML file; `--group.flag value` and `--group.flag=value` go over it; a list is written as
-`--tasks a b`. A job exits with 2 when its input is refused, before it starts anything.
+`--config FILE` names the YAML file; `--group.flag value` and `--group.flag=value` go over it; a list is
+written as `--tasks a b`. A job exits with 2 when its input is refused, before it starts anything.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import sys
 import typing
@@ -41,7 +42,7 @@ def refusals() -> Iterator[None]:
 
 
 def parsed(job_class: type[Job], argv: Sequence[str]) -> Job:
-    """Read flags and the YAML file into a job's dataclass; whatever is wrong ends the program with one line."""
+    """Read flags and the YAML file into a job's dataclass; a mistake ends the program with one line."""
     with refusals():
         words, config = _without_config(argv)
         flags = _flags(job_class)
@@ -55,13 +56,10 @@ def parsed(job_class: type[Job], argv: Sequence[str]) -> Job:
 
 
 def start_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names, as in a submitted job; else start one for this process alone."""
+    """Join the cluster that RAY_ADDRESS names, as in a submitted job; else start one for this process."""
     address = os.environ.get("RAY_ADDRESS", "local")
-    ray.init(
-        address=address,
-        logging_level="WARNING",
-        **({"include_dashboard": False} if address == "local" else {}),
-    )
+    include_dashboard = False if address == "local" else None
+    ray.init(address=address, logging_level=logging.WARNING, include_dashboard=include_dashboard)
 
 
 def _flags(job_class: type, prefix: str = "") -> dict[str, type]:
@@ -142,7 +140,7 @@ def _leaves(content: Mapping[str, Any], flags: Mapping[str, type], prefix: str =
 
 
 def _root(error: BaseException) -> str:
-    """What went wrong: draccus hides the error of a dataclass's own check behind one for each level of nesting."""
+    """What went wrong: draccus hides a dataclass's own error behind one for each level of nesting."""
     while str(error).startswith("Couldn't instantiate") and error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())

@@ -1,9 +1,9 @@
 """The only module that talks to MLflow: one run a job, metrics that survive, a status that is true.
 
-Points go to an actor beside the driver, which appends them to a spool file in the run's folder and returns; a thread
-ships the file in batches and remembers how far it came. The server may be away for as long as it likes. A point is
-known by its step: after a restart the replayed steps have the same values (that is what the plan is for), so the first
-writing of a step stays and later ones are dropped; no curve shows a step twice.
+Points go to an actor beside the driver, which appends them to a spool file in the run's folder and returns; a
+thread ships the file in batches and remembers how far it came. The server may be away for as long as it
+likes. A point is known by its step: after a restart the replayed steps have the same values (that is what the
+plan is for), so the first writing of a step stays and later ones are dropped; no curve shows a step twice.
 """
 
 import json
@@ -31,15 +31,18 @@ from mlflow.entities import (
     RunTag,
 )
 from mlflow.exceptions import MlflowException
-from ray.actor import ActorHandle
 from ray.train import Checkpoint, UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 BATCH = 1000  # points; the REST API takes no more at once
 SHIP_EVERY_S = 1.0
 RETRY_AFTER_S = 5.0
-# Our own loop retries; MLflow's default is 7 retries with backoff, which blocks for four minutes.
-REQUEST_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+CLIENT_ENVIRONMENT = {
+    # Our own loop retries; MLflow's default is 7 retries with backoff, which blocks for four minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1",  # its link lands in the GenAI view
+}
 
 
 def check_reachable(uri: str) -> None:
@@ -78,7 +81,7 @@ class TrackedRun:
 
     @property
     def client(self) -> MlflowClient:
-        os.environ.update(REQUEST_LIMITS)
+        os.environ.update(CLIENT_ENVIRONMENT)
         return MlflowClient(self.uri)
 
     def finish(self, status: str) -> None:
@@ -95,7 +98,7 @@ def start_run(
     tags: Mapping[str, str],
 ) -> TrackedRun:
     """Create a run. `params` should be few and short: the UI prints all of them on every image card."""
-    os.environ.update(REQUEST_LIMITS)
+    os.environ.update(CLIENT_ENVIRONMENT)
     client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
     experiment_id = found.experiment_id if found else client.create_experiment(experiment)
@@ -106,7 +109,7 @@ def start_run(
 
 def continue_run(uri: str, run_id: str, *, resumed_from_step: int, tags: Mapping[str, str]) -> TrackedRun:
     """Set a run that was interrupted to RUNNING again."""
-    os.environ.update(REQUEST_LIMITS)
+    os.environ.update(CLIENT_ENVIRONMENT)
     client = MlflowClient(uri)
     try:
         run = client.get_run(run_id)
@@ -138,7 +141,7 @@ def log_dataset(
 
 
 def source_tags() -> dict[str, str]:
-    """Who and what: git commit, user, Ray job. A submitted working directory has no .git: the submitter names it."""
+    """Git commit and Ray job. A submitted working directory has no .git: its submitter names the commit."""
     tags = {"mlflow.source.name": "jobs/train_smolvla.py", "mlflow.source.type": "JOB"}
     git = ["git", "-C", str(Path(__file__).parent)]
     found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -299,7 +302,8 @@ class Shipper:
 class RunWriter:
     """What the train workers hold of the tracking: implements `pipelines.training.MetricWriter`."""
 
-    actor: ActorHandle
+    actor: Any
+    """Handle of a `Shipper`; Ray's types lose its methods."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one step's values and return."""
@@ -311,24 +315,25 @@ class RunWriter:
 
     def latest(self) -> tuple[int, dict[str, float]]:
         """The newest point."""
-        return ray.get(self.actor.latest.remote())
+        step, metrics = ray.get(self.actor.latest.remote())
+        return step, metrics
 
     def close(self, timeout_s: float = 60.0) -> int:
         """Deliver the rest; returns how many records are still only in the spool."""
-        return ray.get(self.actor.close.remote(timeout_s))
+        return int(ray.get(self.actor.close.remote(timeout_s)))
 
 
 def run_writer(run: TrackedRun, spool_path: Path) -> RunWriter:
     """Start the actor that ships a run's points, on this process's node, where its spool is."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Shipper).options(
-        num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": REQUEST_LIMITS}
+        num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": CLIENT_ENVIRONMENT}
     )
     return RunWriter(actor.remote(run, str(spool_path)))
 
 
 class CheckpointsInMlflow(UserCallback):
-    """Tells the writer of every checkpoint that Ray Train registered. Runs in Train's controller: it must not fail."""
+    """Tells the writer of every registered checkpoint. Runs in Ray Train's controller: it must not fail."""
 
     def __init__(self, writer: RunWriter) -> None:
         self._writer = writer

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-import draccus
 import numpy as np
 import ray
 import torch
@@ -114,11 +113,9 @@ class TrainJob:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch", "num_workers", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is below 1")
+            at_least_one(name, getattr(self, name))
         for name in ("every", "keep"):
-            if getattr(self.checkpoint, name) < 1:
-                raise ValueError(f"checkpoint.{name} {getattr(self.checkpoint, name)} is below 1")
+            at_least_one(f"checkpoint.{name}", getattr(self.checkpoint, name))
         if self.cpus_per_worker <= 0:
             raise ValueError(f"cpus_per_worker {self.cpus_per_worker} is not positive")
         if self.batch_size % (self.micro_batch * self.num_workers):
@@ -126,14 +123,12 @@ class TrainJob:
                 f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch} * "
                 f"num_workers {self.num_workers}"
             )
-        for name in ("run_name", "storage_path"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing")
-        for name in ("dataset", "policy"):
-            if not getattr(self, name).path:
-                raise ValueError(f"{name}.path is missing")
-        if "/" in self.run_name or self.run_name.startswith("."):
-            raise ValueError(f"run_name {self.run_name!r}: must be the name of a folder")
+
+
+def at_least_one(name: str, value: int) -> None:
+    """Refuse a count below 1."""
+    if value < 1:
+        raise ValueError(f"{name} {value} is below 1")
 
 
 OPTIMIZER_FIELDS = {  # flag of the group `optimizer` -> field of the policy's config.json
@@ -164,7 +159,7 @@ def prepare(job: TrainJob) -> Prepared:
     Raises:
         ValueError: names the flag, file or field, and the value.
     """
-    folder = _run_folder(job)
+    _check_given(job)
     dataset = open_dataset(_readable(job.dataset.path, flag="dataset.path"))
     policy_config = _policy_config(job, dataset)
     stream = StreamConfig(seed=job.seed, micro_batch=job.micro_batch, mixing_rows=job.mixing_rows)
@@ -182,8 +177,24 @@ def prepare(job: TrainJob) -> Prepared:
         "policy_path": job.policy.path,
         "policy": policy_config.to_dict(),
     }
+    folder = _run_folder(job)
     _check_same_run(folder, identity)
     return Prepared(dataset, policy_config, reader, train, folder, json.loads(json.dumps(identity)))
+
+
+def _check_given(job: TrainJob) -> None:
+    """Flags that have no honest default."""
+    given = {
+        "dataset.path": job.dataset.path,
+        "policy.path": job.policy.path,
+        "storage_path": job.storage_path,
+        "run_name": job.run_name,
+    }
+    for name, value in given.items():
+        if not value:
+            raise ValueError(f"{name} is missing")
+    if "/" in job.run_name or job.run_name.startswith("."):
+        raise ValueError(f"run_name {job.run_name!r}: must be the name of a folder")
 
 
 def _run_folder(job: TrainJob) -> Path:
@@ -285,7 +296,7 @@ def only_driver(folder: Path) -> Iterator[None]:
 
 
 def write_start(prepared: Prepared, job: TrainJob) -> None:
-    """Put the policy of step 0 into the run's folder, where every worker and every resumption finds the same one."""
+    """Put the policy of step 0 into the run's folder, where every worker and every restart finds it."""
     start, partial = prepared.folder / "start", prepared.folder / "start.partial"
     if start.exists():
         return
@@ -308,8 +319,8 @@ def check_cluster(job: TrainJob) -> None:
     need = job.num_workers * job.cpus_per_worker
     if have.get("CPU", 0) < need + 1:
         raise ValueError(
-            f"num_workers {job.num_workers} * cpus_per_worker {job.cpus_per_worker} and one CPU for the data need "
-            f"{need + 1} CPUs, the cluster has {have.get('CPU', 0)}"
+            f"num_workers {job.num_workers} * cpus_per_worker {job.cpus_per_worker} and one CPU for the data "
+            f"need {need + 1} CPUs, the cluster has {have.get('CPU', 0)}"
         )
     if job.use_gpu and have.get("GPU", 0) < job.num_workers:
         raise ValueError(
@@ -409,7 +420,8 @@ def show_progress(writer: tracking.RunWriter, job: TrainJob, done: threading.Eve
         left = f"{(job.steps - step) / rate:5.0f} s left" if rate else ""
         print(
             f"step {step:6d}/{job.steps}  loss {metrics['train/loss']:.4f}  lr {metrics['train/lr']:.2e}  "
-            f"{metrics['data/samples_per_s']:6.1f} samples/s  waits {metrics['data/wait_share']:4.0%}  {left}",
+            f"{metrics['data/samples_per_s']:6.1f} samples/s  waits {metrics['data/wait_share']:4.0%}  "
+            f"{left}",
             flush=True,
         )
 

@@ -2,11 +2,11 @@
 
 step_000000200/
     pretrained_model/   what LeRobot and `SmolVLAPolicy.from_pretrained` load: weights, config, processors
-    training_state/     master weights of what trains and AdamW's moments, as DCP shards in safetensors; trainer.json
-    MANIFEST.json       size and SHA-256 of every file, written last: a folder without a good one is never resumed from
+    training_state/     what trains and AdamW's moments, as DCP shards in safetensors; trainer.json
+    MANIFEST.json       size and SHA-256 of every file, written last: without a good one nothing is resumed
 
-Nothing is pickled: torch's distributed checkpoint writes through its safetensors storage, which reshards on reading, so a
-run saved by two workers continues on three.
+Nothing is pickled: torch's distributed checkpoint writes through its safetensors storage, which reshards on
+reading, so a run saved by two workers continues on three.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-from smolvla.modeling import SmolVLAPolicy
+if TYPE_CHECKING:
+    from smolvla.modeling import SmolVLAPolicy
 
 MANIFEST, PRETRAINED, TRAINING = "MANIFEST.json", "pretrained_model", "training_state"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside the step count
@@ -83,7 +84,7 @@ def progress(folder: Path) -> Progress:
 
 def save(
     folder: Path,
-    policy: SmolVLAPolicy,
+    policy: "SmolVLAPolicy",
     optimizer: AdamW,
     *,
     at: Progress,
@@ -91,7 +92,7 @@ def save(
     stats: Mapping[str, Any],
     group: dist.ProcessGroup,
 ) -> Callable[[], None]:
-    """Start saving; every rank calls it. The returned function finishes the save and may run in another thread.
+    """Start saving; every rank calls it. The returned function finishes it and may run in another thread.
 
     The weights are copied before this returns, so training goes on at once.
 
@@ -110,7 +111,9 @@ def save(
         (folder / TRAINING).mkdir(parents=True)
     dist.barrier(group)
     writer = HuggingFaceStorageWriter(path=str(folder / TRAINING), save_distributed=True)
-    written = dcp.async_save(_training_state(policy, optimizer), storage_writer=writer, process_group=group)
+    written: Any = dcp.async_save(
+        _training_state(policy, optimizer), storage_writer=writer, process_group=group
+    )
     weights = _full_weights(policy)
 
     def finish() -> None:
@@ -125,7 +128,7 @@ def save(
     return finish
 
 
-def load(folder: Path, policy: SmolVLAPolicy, optimizer: AdamW) -> Progress:
+def load(folder: Path, policy: "SmolVLAPolicy", optimizer: AdamW) -> Progress:
     """Put master weights and optimiser state back in place; every rank calls it, at any number of ranks.
 
     The frozen weights are expected in `policy` already: they are those of `pretrained_model/`.

@@ -1,8 +1,8 @@
 """An episode dataset on disk or in an object store: open it, check it, name it by its content.
 
-The layout is LeRobot v3.0 with the images inside the Parquet files (docs/dataset.md). Opening reads `meta/` only, never
-the data files, when our writer made the dataset: it notes each episode's first row group. A dataset written by others
-has its Parquet footers read once instead.
+The layout is LeRobot v3.0 with the images inside the Parquet files (docs/dataset.md). Opening reads `meta/`
+only, never the data files, when our writer made the dataset: it notes each episode's first row group. A
+dataset written by others has its Parquet footers read once instead.
 """
 
 import functools
@@ -47,7 +47,7 @@ class RowGroups:
     group: Int64
     """Row group within the file."""
     skip: Int64
-    """Rows of the row group before the first of this unit; 0 unless others wrote several episodes into a group."""
+    """Rows of the row group before this unit; 0 unless others wrote several episodes into a group."""
     rows: Int64
     episode: Int64
     """Row of `EpisodeDataset.episode_*`."""
@@ -130,7 +130,8 @@ def open_dataset(uri: str) -> EpisodeDataset:
     """Read and check `meta/`.
 
     Raises:
-        ValueError: the folder is no complete episode dataset, or lacks what training needs; names file and field.
+        ValueError: the folder is no complete episode dataset, or lacks what training needs; names file and
+        field.
     """
     filesystem, root = filesystem_of(uri)
     info = _json(filesystem, root, "meta/info.json", uri=uri)
@@ -181,7 +182,8 @@ def _check_info(info: Mapping[str, Any], *, uri: str) -> None:
             raise ValueError(f"{where}: field {field!r} is missing")
     if not str(info["codebase_version"]).startswith("v3."):
         raise ValueError(
-            f"{where}: codebase_version {info['codebase_version']!r}, need v3.x; jobs/ingest_lerobot.py converts it"
+            f"{where}: codebase_version {info['codebase_version']!r}, need v3.x; "
+            "jobs/ingest_lerobot.py converts it"
         )
     features = info["features"]
     for name in ("observation.state", "action", *ROW_COLUMNS):
@@ -238,7 +240,7 @@ def _data_files(info: Mapping[str, Any], episodes: pa.Table) -> tuple[list[str],
 
 
 def _declared_row_groups(episodes: pa.Table, file_of_episode: Int64, *, frames: int) -> RowGroups:
-    """Row groups from our writer's notes: each episode is cut every `frames` frames, starting at its own group."""
+    """Row groups from our writer's notes: each episode is cut every `frames` frames, from its own group on."""
     length = episodes["length"].to_numpy()
     first_group = episodes["data/row_group_index"].to_numpy()
     per_episode = -(-length // frames)
@@ -258,7 +260,7 @@ def _declared_row_groups(episodes: pa.Table, file_of_episode: Int64, *, frames: 
 def _footer_row_groups(
     filesystem: pafs.FileSystem, root: str, files: list[str], file_of_episode: Int64, length: Int64
 ) -> RowGroups:
-    """Row groups of a dataset that others wrote: each footer is read, each row group is cut at episode ends."""
+    """Row groups of others' data: each footer is read, each row group is cut at episode ends."""
     units: list[tuple[int, int, int, int, int, int]] = []
     for number, name in enumerate(files):
         metadata = pq.read_metadata(f"{root}/{name}", filesystem=filesystem)
@@ -291,7 +293,7 @@ def _footer_row_groups(
 
 
 def _fingerprint(filesystem: pafs.FileSystem, root: str, files: list[str]) -> str:
-    """Our ingestion's digest of the content; for others' datasets a digest of the metadata and the files' sizes."""
+    """Our ingestion's digest of the content; for others' datasets one of metadata and file sizes."""
     report = f"{root}/meta/ingest.json"
     if filesystem.get_file_info(report).type == pafs.FileType.File:
         with filesystem.open_input_stream(report) as stream:

@@ -1,13 +1,14 @@
 """Which rows, in which order: a pure function of (datasets, seed, position), decided without reading data.
 
-A source is known by the number of rows in each of its row groups. Epoch e permutes its row groups; the permuted
-groups laid end to end, epoch after epoch, are an infinite sequence of rows in which every frame stands exactly once
-an epoch. The plan cuts that sequence into mixing groups of `mixing_rows`, permutes the rows inside each, and cuts the
-result into micro-batches. Micro-batch m therefore holds the same rows whatever the number of workers, and the whole
-state of the stream is one integer: the number of samples that were taken.
+A source is known by the number of rows in each of its row groups. Epoch e permutes its row groups; the
+permuted groups laid end to end, epoch after epoch, are an infinite sequence of rows in which every frame
+stands exactly once an epoch. The plan cuts that sequence into mixing groups of `mixing_rows`, permutes the
+rows inside each, and cuts the result into micro-batches. Micro-batch m therefore holds the same rows whatever
+the number of workers, and the whole state of the stream is one integer: the number of samples that were
+taken.
 
-Only raw 64-bit output of PCG64 is used and sorted, because NumPy keeps that stream stable over versions and does not
-promise it for `Generator.permutation`.
+Only raw 64-bit output of PCG64 is used and sorted, because NumPy keeps that stream stable over versions and
+does not promise it for `Generator.permutation`.
 """
 
 import functools
@@ -60,7 +61,8 @@ class Rows:
 class SourceOrder:
     """The infinite row sequence of one source dataset.
 
-    Holds the row counts and two epochs' permutations, so reaching any position costs one permutation of the row groups.
+    Holds the row counts and two epochs' permutations, so reaching any position costs one permutation of the
+    row groups.
     """
 
     def __init__(self, row_counts: Int64, *, seed: int, source: int) -> None:
@@ -110,7 +112,9 @@ class Plan:
         micro_batch: int,
         mixing_rows: int,
     ) -> None:
-        """Args:
+        """Cut the sources' row sequences into mixing groups and micro-batches.
+
+        Args:
         row_counts: for each source, the rows of each of its row groups.
         weights: share of each source in the sequence, in any unit; default: its number of rows.
         seed: of everything that is drawn.

@@ -1,9 +1,10 @@
 """Plan -> Ray Data -> model-ready micro-batches.
 
-One Ray Data dataset a run. A read task is one mixing group of the plan: it reads the row groups, cuts the action
-windows, shuffles the rows while they are still compressed, and hands them on as micro-batches; a second step decodes,
-shrinks, normalises and looks up the task's tokens. Blocks are exactly one micro-batch and their order is preserved,
-so worker r of W receives the micro-batches m with m % W == r. The worker checks that instead of believing it.
+One Ray Data dataset a run. A read task is one mixing group of the plan: it reads the row groups, cuts the
+action windows, shuffles the rows while they are still compressed, and hands them on as micro-batches; a
+second step decodes, shrinks, normalises and looks up the task's tokens. Blocks are exactly one micro-batch
+and their order is preserved, so worker r of W receives the micro-batches m with m % W == r. The worker checks
+that instead of believing it.
 
 Shape letters: b micro-batch, H chunk, A action width, S state width, L tokens, (h, w) image after fitting.
 """
@@ -18,7 +19,6 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -29,8 +29,9 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 from ray.data.datasource import ReadTask
 
 from pipelines.dataset import EpisodeDataset, RowGroups
+from pipelines.images import fitted_size, shrunk
 from pipelines.plan import Plan, Rows
-from smolvla.data_utils import Normalizer, fitted_size
+from smolvla.data_utils import Normalizer
 
 Batch = dict[str, NDArray[Any]]
 
@@ -85,7 +86,7 @@ class SampleReader:
     chunk_size: int
     """H: actions in a window, in frames of the dataset."""
     image_box: Sequence[int] | None
-    """(width, height) in pixels that the model resizes into; larger images are shrunk to fit inside. None: as is."""
+    """(width, height) in pixels; larger images are shrunk to fit inside. None: they stay as they are."""
 
     def __post_init__(self) -> None:
         first = self.sources[0].dataset
@@ -192,9 +193,10 @@ class SampleReader:
         groups = self.sources[source].dataset.row_groups
         end = int(self.sources[source].dataset.groups_of_episode[groups.episode[unit] + 1])
         beyond = np.searchsorted(groups.first_frame[unit:end], last_frame, side="right")
-        parts = []
-        for i in range(unit, unit + int(beyond)):
-            parts.append(_slice(file.read_row_group(int(groups.group[i]), columns=["action"]), groups, i))
+        parts = [
+            _slice(file.read_row_group(int(groups.group[i]), columns=["action"]), groups, i)
+            for i in range(unit, unit + int(beyond))
+        ]
         return _vectors(pa.concat_tables(parts)["action"])
 
     @functools.cached_property
@@ -233,9 +235,9 @@ class SampleReader:
     def image_size(self, camera: str) -> tuple[int, int]:
         """(h, w) of a camera's images as the stream hands them on: shrunk to fit the box, never enlarged."""
         height, width = self.sources[0].dataset.image_size(camera)
-        if self.image_box is None or (width <= self.image_box[0] and height <= self.image_box[1]):
+        if self.image_box is None:
             return height, width
-        return fitted_size(height, width, self.image_box)
+        return fitted_size(height, width, box=(self.image_box[0], self.image_box[1]))
 
     def _image(self, encoded: bytes | None, *, camera: str, batch: pa.Table, row: int) -> NDArray[np.uint8]:
         """One decoded image (h, w, 3) RGB.
@@ -258,9 +260,7 @@ class SampleReader:
             found = "cannot be decoded" if image is None else f"is {image.shape[0]} x {image.shape[1]} pixels"
             raise ValueError(f"{where}: the image {found}, info.json declares {height} x {width}")
         target = self.image_size(camera)
-        if target == (height, width):
-            return image
-        return cv2.resize(image, target[::-1], interpolation=cv2.INTER_LINEAR)
+        return shrunk(np.asarray(image, dtype=np.uint8), size=target)
 
 
 def _slice(table: pa.Table, groups: RowGroups, unit: int) -> pa.Table:
@@ -270,7 +270,8 @@ def _slice(table: pa.Table, groups: RowGroups, unit: int) -> pa.Table:
 
 def _vectors(column: pa.ChunkedArray) -> NDArray[Any]:
     """A list column (or a scalar one, LeRobot's shape (1,)) as (rows, width)."""
-    flat = pc.list_flatten(column) if pa.types.is_nested(column.type) else column
+    array = column.combine_chunks()
+    flat = array.flatten() if pa.types.is_nested(column.type) else array
     return flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 

@@ -1,8 +1,8 @@
-"""The Ray Train side of a run: build the dataset at the right position, train, checkpoint, go on after any death.
+"""The Ray Train side of a run: data from the right position, training, checkpoints, life after any death.
 
-The mathematics does not know how many workers there are. The global batch is fixed in samples; b * W * k = batch_size
-gives each worker k micro-batches a step; noise and time of micro-batch m come from a generator seeded by (seed, m);
-gradients are sums over valid action entries, divided once by the global count of them.
+The mathematics does not know how many workers there are. The global batch is fixed in samples; b * W * k =
+batch_size gives each worker k micro-batches a step; noise and time of micro-batch m come from a generator
+seeded by (seed, m); gradients are sums over valid action entries, divided once by the global count of them.
 
 Shape letters: b micro-batch, W workers, k accumulation, m number of a micro-batch.
 """
@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.data import Dataset, ExecutionOptions
@@ -39,8 +40,10 @@ from pipelines.checkpoint import Progress
 from pipelines.plan import noise_seed
 from pipelines.stream import ROW_IDS, SampleReader, ToTorch, micro_batches
 from smolvla.data_utils import sample_noise, sample_time
-from smolvla.modeling import SmolVLAPolicy
 from smolvla.optimization import adamw, clip_gradients, lr_factor
+
+if TYPE_CHECKING:
+    from smolvla.modeling import SmolVLAPolicy
 
 
 class MetricWriter(Protocol):
@@ -66,7 +69,7 @@ class TrainConfig:
     micro_batch: int
     seed: int
     decay_steps: int | None
-    """Steps of the cosine decay; None: those of the run. The rest of optimiser and schedule is the policy's config."""
+    """Steps of the cosine decay; None: those of the run. The other presets are in the policy's config."""
     precision: Literal["float32", "bfloat16"]
     """Of the computation; master weights are always float32."""
     log_every: int
@@ -164,6 +167,7 @@ class Stream:
 
     def __init__(self, run: Run, *, rank: int, num_workers: int, device: torch.device) -> None:
         shard = ray.train.get_dataset_shard("train")
+        assert shard is not None
         batches = shard.iter_torch_batches(
             batch_size=None,
             prefetch_batches=2,
@@ -172,7 +176,8 @@ class Stream:
             pin_memory=device.type == "cuda",
         )
         self._batches: Iterator[dict[str, Tensor]] = iter(batches)
-        # The first batch says where the controller built the dataset to start: its word counts, for all workers.
+        # The first batch says where the controller built the dataset to start: its word counts, for all
+        # workers.
         self._first = next(self._batches, None)
         self._stride, self.device = num_workers, device
         self.waited_s = 0.0
@@ -214,7 +219,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if stream.empty:  # the workers died after the last checkpoint and before they could say so
         return
     policy, optimizer, at = _restored(run, stream.samples_seen, device)
-    model = DistributedDataParallel(policy, broadcast_buffers=False) if num_workers > 1 else policy
+    model = DistributedDataParallel(policy) if num_workers > 1 else policy
     saver = dist.new_group(backend="gloo")
     meter = Meter(run, rank=rank, stream=stream)
     accumulation = run.train.batch_size // (run.train.micro_batch * num_workers)
@@ -230,8 +235,12 @@ def train_worker(config: dict[str, Any]) -> None:
 
 def _restored(
     run: Run, samples_seen: int, device: torch.device
-) -> tuple[SmolVLAPolicy, torch.optim.AdamW, Progress]:
+) -> tuple["SmolVLAPolicy", torch.optim.AdamW, Progress]:
     """Policy and optimiser at the position that the stream was built for."""
+    # Here and not above: Ray's controller and data actors import this module too, and have no use for the
+    # model.
+    from smolvla.modeling import SmolVLAPolicy
+
     step, rest = divmod(samples_seen, run.train.batch_size)
     assert rest == 0, f"the stream starts at sample {samples_seen}, inside a step of {run.train.batch_size}"
     folder = run.folder / checkpoint.folder_name(step)
@@ -247,14 +256,14 @@ def _restored(
 
 def _accumulate(
     model: torch.nn.Module,
-    policy: SmolVLAPolicy,
+    policy: "SmolVLAPolicy",
     stream: Stream,
     train: TrainConfig,
     *,
     step: int,
     accumulation: int,
 ) -> Tensor:
-    """Gradients of the summed loss of one step; returns (loss sum, valid entries) over all workers, on the device."""
+    """Gradients of one step's summed loss; returns (loss sum, valid entries) of all workers, on device."""
     totals = torch.zeros(2, device=stream.device)
     for i in range(accumulation):
         index, batch = stream.take(step)
@@ -276,7 +285,7 @@ def _accumulate(
 
 
 def _update(
-    policy: SmolVLAPolicy,
+    policy: "SmolVLAPolicy",
     optimizer: torch.optim.AdamW,
     totals: Tensor,
     train: TrainConfig,
@@ -284,11 +293,12 @@ def _update(
     step: int,
     num_workers: int,
 ) -> tuple[Tensor, float]:
-    """One optimiser step; returns the gradient's norm before clipping, on the device, and the learning rate."""
+    """One optimiser step; returns the gradient's norm before clipping, on device, and the learning rate."""
     config = policy.config
     parameters = [p for p in policy.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     # DDP averaged over the workers what should have been summed over them and divided by the global count.
-    torch._foreach_mul_([p.grad for p in parameters], num_workers / totals[1])
+    torch._foreach_mul_(gradients, num_workers / totals[1])  # pyright: ignore[reportCallIssue] - a tensor is taken
     grad_norm = clip_gradients(parameters, config.optimizer_grad_clip_norm)
     lr = config.optimizer_lr * lr_factor(
         step - 1,
@@ -319,7 +329,7 @@ class Meter:
         self._started, self._waited = time.perf_counter(), self._stream.waited_s
 
     def step(self, step: int, *, loss: Tensor, grad_norm: Tensor, lr: float, log: bool) -> None:
-        """Note one step; every `log_every` steps, and when `log` says so, write the means since the last time.
+        """Note one step; every `log_every` steps, and when `log` says so, write the means since then.
 
         Checkpoints always write, so that a run that goes on from one draws the same points.
 
@@ -353,7 +363,7 @@ class Meter:
 
 def _save(
     run: Run,
-    policy: SmolVLAPolicy,
+    policy: "SmolVLAPolicy",
     optimizer: torch.optim.AdamW,
     at: Progress,
     *,

@@ -1,9 +1,10 @@
-"""Start, find and stop the local services: a Ray head with token authentication and an MLflow server, on loopback.
+"""Start, find and stop the local services on loopback: a Ray head with token authentication, an MLflow.
 
 python infra/local/services.py up|down|status
 
-Everything lives in `.local/`: what was started (services.json), the variables that clients need (env, to be sourced),
-the token, the logs, MLflow's database and artifacts. `down` ends only the processes that `up` started.
+Everything lives in `.local/` (or where SMOLVLA_STATE says): what was started (services.json), the variables
+that clients need (env, to be sourced), the token, the logs, MLflow's database and artifacts. `down` ends only
+the processes that `up` started.
 """
 
 import argparse
@@ -26,17 +27,20 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).absolute().parents[2]
-STATE = ROOT / ".local"
+STATE = Path(os.environ.get("SMOLVLA_STATE", ROOT / ".local")).absolute()
 RECORD = STATE / "services.json"
 TOKEN = STATE / "ray_token"
 # Unix sockets allow 107 characters and Ray's workers no space, so Ray's files cannot live in the project.
-RAY_FILES = Path("/tmp") / f"smolvla-{os.getuid()}-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]}"
+RAY_FILES = Path("/tmp") / f"smolvla-{os.getuid()}-{hashlib.sha256(str(STATE).encode()).hexdigest()[:8]}"
+RAY_ADDRESS = RAY_FILES / "ray_current_cluster"  # Ray writes it when the head is up
 READY_WITHIN_S = 120
 STOP_WITHIN_S = 15
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=["up", "down", "status"])
     {"up": up, "down": down, "status": status}[parser.parse_args().action]()
 
@@ -56,6 +60,8 @@ def up() -> None:
             RECORD.write_text(json.dumps(record, indent=1))
     for name, service in record.items():
         _wait_until_ready(name, service)
+    record["ray"]["address"] = RAY_ADDRESS.read_text().strip()  # for ray.init; `url` is for jobs
+    RECORD.write_text(json.dumps(record, indent=1))
     _write_env(record)
     status()
 
@@ -83,7 +89,11 @@ def status() -> None:
     record = _record()
     for name in ("ray", "mlflow"):
         running = _process(record.get(name)) is not None
-        print(f"{name}: {record[name]['url']} (pid {record[name]['pid']})" if running else f"{name}: not running")
+        print(
+            f"{name}: {record[name]['url']} (pid {record[name]['pid']})"
+            if running
+            else f"{name}: not running"
+        )
     if record:
         print(f"clients: source {STATE / 'env'}")
 
@@ -108,16 +118,26 @@ def _start_ray() -> dict[str, Any]:
     RAY_FILES.mkdir(mode=0o700, exist_ok=True)
     if RAY_FILES.stat().st_uid != os.getuid():
         sys.exit(f"{RAY_FILES} belongs to somebody else")
-    # On a small machine the train workers and the data tasks share the cores; Ray waits for ever for a CPU it lacks.
+    RAY_ADDRESS.unlink(missing_ok=True)
+    # On a small machine the train workers and the data tasks share the cores; Ray waits for ever for a CPU it
+    # lacks.
     num_cpus = max(os.cpu_count() or 1, 4)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+    ]
     command += ["--node-ip-address", "127.0.0.1", "--port", str(port), "--num-cpus", str(num_cpus)]
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
     command += ["--dashboard-agent-listen-port", str(_free_port(52365)), "--temp-dir", str(RAY_FILES)]
     environment = _client_environment() | {
-        "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a job that is stopped ends its MLflow run; 3 s can be too short for that
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a stopped job ends its MLflow run; 3 s can be too short
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",  # workers import torch; two at once on two cores are slow
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",  # importing torch on busy cores is slow
     }
     return _started("ray", command, environment, url=f"http://127.0.0.1:{dashboard}")
 
@@ -130,7 +150,9 @@ def _start_mlflow() -> dict[str, Any]:
     # One process: with more, each request waits 40 ms (uvicorn#3149), and sqlite has one writer anyway.
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its consumers are for GenAI and take 1.5 GB
+    environment = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"
+    }  # its consumers are for GenAI and take 1.5 GB
     return _started("mlflow", command, environment, url=f"http://127.0.0.1:{port}")
 
 
@@ -187,6 +209,7 @@ def _answers(ask: Callable[[str], None], url: str) -> bool:
 
 def _ray_answers(url: str) -> None:
     headers = {"Authorization": f"Bearer {TOKEN.read_text()}"}
+    RAY_ADDRESS.stat()
     # The job API answers only when the agent that starts jobs is there.
     urllib.request.urlopen(urllib.request.Request(f"{url}/api/jobs/", headers=headers), timeout=5).read()
 
@@ -200,7 +223,9 @@ def _write_env(record: dict[str, dict[str, Any]]) -> None:
         "RAY_API_SERVER_ADDRESS": record["ray"]["url"],
         "MLFLOW_TRACKING_URI": record["mlflow"]["url"],
     }
-    (STATE / "env").write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items()))
+    (STATE / "env").write_text(
+        "".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items())
+    )
 
 
 if __name__ == "__main__":

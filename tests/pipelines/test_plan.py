@@ -1,4 +1,4 @@
-"""The plan: every frame once an epoch, the same micro-batches for everybody, exact shares, any position at once."""
+"""The plan: every frame once an epoch, the same micro-batches for everybody, exact shares, any position."""
 
 from collections import Counter
 

@@ -1,0 +1,67 @@
+"""Files of an output that appear whole or not at all, on a local disk or an object store.
+
+On a local file system a file is written under a temporary name and renamed. On an object store a PUT is
+atomic by itself, but closing a half-written stream also publishes it; whoever reads large files back must
+check them.
+"""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+TEMPORARY = ".tmp"
+
+
+@contextlib.contextmanager
+def atomic_stream(filesystem: pafs.FileSystem, path: str) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name only when the block ends without an error."""
+    folder, _, name = path.rpartition("/")
+    filesystem.create_dir(folder, recursive=True)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        with filesystem.open_output_stream(path) as stream:
+            yield cast(BinaryIO, stream)
+        return
+    # a name of its own for every attempt: a worker that was given up may still be writing
+    temporary = Path(folder, f".{name}.{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(filesystem: pafs.FileSystem, root: str) -> None:
+    """Delete what killed writers left below a folder."""
+    for entry in filesystem.get_file_info(pafs.FileSelector(root, recursive=True)):
+        if entry.base_name.startswith(".") and entry.base_name.endswith(TEMPORARY):
+            filesystem.delete_file(entry.path)
+
+
+def write_json(filesystem: pafs.FileSystem, path: str, content: Any) -> None:
+    with atomic_stream(filesystem, path) as stream:
+        stream.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
+
+
+def read_json(filesystem: pafs.FileSystem, path: str) -> Any:
+    with filesystem.open_input_stream(path) as stream:
+        return json.loads(stream.read())
+
+
+def write_parquet(filesystem: pafs.FileSystem, path: str, table: pa.Table) -> None:
+    with atomic_stream(filesystem, path) as stream:
+        pq.write_table(table, stream)
+
+
+def exists(filesystem: pafs.FileSystem, path: str) -> bool:
+    return filesystem.get_file_info(path).type == pafs.FileType.File

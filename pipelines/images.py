@@ -1,0 +1,37 @@
+"""Images as they are stored: shrunk once, encoded as JPEG or PNG. `H` height, `W` width, pixels RGB uint8."""
+
+import cv2
+import numpy as np
+
+
+def fitted_size(height: int, width: int, *, box: tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) within box (width, height), ratio kept, truncated as SmolVLA does."""
+    ratio = max(width / box[0], height / box[1])
+    if ratio <= 1:
+        return height, width
+    return max(int(height / ratio), 1), max(int(width / ratio), 1)
+
+
+def shrunk(frame: np.ndarray, *, size: tuple[int, int]) -> np.ndarray:
+    """Resize (H, W, 3) to size (height, width), bilinear without antialiasing: what the model would do."""
+    if frame.shape[:2] == size:
+        return frame
+    return cv2.resize(frame, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+
+
+def encoded_image(image: np.ndarray, *, image_format: str, jpeg_quality: int) -> bytes:
+    """Return (H, W, 3) as PNG, or as JPEG with halved chroma (4:2:0)."""
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    if image_format == "png":
+        ok, data = cv2.imencode(".png", bgr)
+    else:
+        ok, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality])
+    assert ok
+    return data.tobytes()
+
+
+def decoded_image(data: bytes) -> np.ndarray:
+    """Return the pixels (H, W, 3) that a reader of a stored image sees."""
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert image is not None
+    return image

@@ -1,0 +1,200 @@
+"""The Ray part of ingestion: units of a source become staged parts, parts become shards, then it is sealed.
+
+Workers only stage and assemble (see `pipelines.writer`); the driver lists, counts and writes `meta/`. A task
+is bound to one CPU and can be run again at any time, so Ray's retries after a lost worker or node are safe.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import pyarrow.fs as pafs
+import ray
+
+from pipelines import sealing, writer
+from pipelines.dataset import filesystem_of
+from pipelines.sources import Listing, Source, Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far the reading is."""
+
+    episodes: int
+    """Looked at so far, refused ones and those of an earlier run included."""
+    total_episodes: int
+    refused: int
+    """In this run."""
+    frames: int
+    """Accepted in this run."""
+    elapsed_s: float
+    remaining_s: float
+
+
+class TooManyRefusedError(Exception):
+    """More episodes were refused than the user allows; `report` counts and lists them."""
+
+    def __init__(self, message: str, report: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def ingest(
+    source: Source,
+    uri: str,
+    *,
+    options: writer.WriterOptions,
+    max_refused: float,
+    code_version: str | None,
+    start_ray: Callable[[], None],
+    on_progress: Callable[[Progress], None],
+) -> dict[str, Any]:
+    """Turn a source into an episode dataset at `uri` and return what its `meta/ingest.json` says.
+
+    A complete output of the same source and options is returned as it is, an unfinished one is continued.
+
+    Args:
+        source: See `pipelines.sources`.
+        uri: A local folder or an object store's URI.
+        options: What the stored bytes depend on.
+        max_refused: Share of refused episodes, 0..1, above which nothing is sealed.
+        code_version: Git commit for the record.
+        start_ray: Called once the input was found good, before the first task.
+        on_progress: Called with every finished part.
+
+    Raises:
+        ValueError: the source or the output cannot be used; raised before `start_ray`.
+        TooManyRefusedError: after all episodes were looked at.
+    """
+    if not 0 <= max_refused <= 1:
+        raise ValueError(f"max_refused {max_refused} is not within 0..1")
+    listing = source.listing()
+    filesystem, root = filesystem_of(uri)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        uri = root  # absolute: a worker may stand in another folder
+    with writer.exclusive(uri):
+        report = writer.complete_report(uri, listing, options)
+        if report is not None:
+            sealing.clear_staging(uri)
+            return report | {"already_complete": True}
+        layout = writer.layout_of(uri, listing, options)
+        writer.begin(uri, listing, options)
+        start_ray()
+        outcomes = _stage(source, listing, layout, on_progress=on_progress)
+        records = [record for outcome in outcomes for record in outcome["episodes"]]
+        refusals = [refusal for outcome in outcomes for refusal in outcome["refusals"]]
+        _check_share(records, refusals, max_refused=max_refused)
+        tasks = writer.all_tasks(listing, records)
+        shards = writer.shards_of(records, tasks, options)
+        _assemble(layout, shards)
+        report = sealing.seal(
+            layout,
+            listing,
+            records=records,
+            refusals=refusals,
+            shards=shards,
+            tasks=tasks,
+            code_version=code_version,
+        )
+        return report | {"already_complete": False}
+
+
+def _check_share(
+    records: Sequence[writer.Record], refusals: Sequence[dict[str, Any]], *, max_refused: float
+) -> None:
+    report = sealing.counts(records, refusals)
+    refused, total = report["refused_episodes"], report["refused_episodes"] + len(records)
+    if refused > max_refused * total:
+        raise TooManyRefusedError(
+            f"{refused} of {total} episodes are refused, max_refused allows {max_refused:g} of them", report
+        )
+    if not records:
+        raise TooManyRefusedError(f"none of {total} episodes is left", report)
+
+
+def _stage(
+    source: Source, listing: Listing, layout: writer.Layout, *, on_progress: Callable[[Progress], None]
+) -> list[dict[str, Any]]:
+    """Stage every part that no earlier run completed; return all outcomes in the order of the parts."""
+    parts = writer.parts_of(listing.units)
+    earlier = ((part, writer.staged_part(layout.uri, part)) for part in range(len(parts)))
+    outcomes = {part: outcome for part, outcome in earlier if outcome is not None}
+    meter = _Meter(parts, outcomes, on_progress)
+    source_ref, layout_ref = ray.put(source), ray.put(layout)
+    task = _stage_part.options(runtime_env={"env_vars": dict(listing.worker_env)})
+    todo = [part for part in range(len(parts)) if part not in outcomes]
+    for part, outcome in _in_parallel(
+        lambda part: task.remote(source_ref, parts[part], layout_ref, part), todo
+    ):
+        outcomes[part] = outcome
+        meter.count(part, outcome)
+    return [outcomes[part] for part in range(len(parts))]
+
+
+def _assemble(layout: writer.Layout, shards: Sequence[writer.Shard]) -> None:
+    layout_ref = ray.put(layout)
+    todo = [shard for shard in shards if not writer.shard_is_complete(layout, shard)]
+    for _ in _in_parallel(lambda shard: _assemble_shard.remote(layout_ref, shard), todo):
+        pass
+
+
+@ray.remote(num_cpus=1, max_retries=3)
+def _stage_part(source: Source, units: Sequence[Unit], layout: writer.Layout, part: int) -> dict[str, Any]:
+    cv2.setNumThreads(1)  # a task has one CPU
+    return writer.stage_part(source.episodes(units), layout, part=part)
+
+
+@ray.remote(num_cpus=1, max_retries=3)
+def _assemble_shard(layout: writer.Layout, shard: writer.Shard) -> None:
+    writer.assemble_shard(layout, shard)
+
+
+def _in_parallel(submit: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Run a task per item, two for every CPU of the cluster in flight; yield (item, result) as they come."""
+    limit = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
+    waiting = iter(items)
+    running: dict[Any, Any] = {submit(item): item for item in itertools.islice(waiting, limit)}
+    while running:
+        (ready,), _ = ray.wait(list(running), num_returns=1)
+        item = running.pop(ready)
+        running |= {submit(following): following for following in itertools.islice(waiting, 1)}
+        yield item, ray.get(ready)
+
+
+class _Meter:
+    """Counts what was looked at and tells how long the rest will take."""
+
+    def __init__(
+        self, parts: Sequence[Sequence[Unit]], kept: Iterable[int], on_progress: Callable[[Progress], None]
+    ) -> None:
+        self.parts = parts
+        self.on_progress = on_progress
+        self.left = set(range(len(parts))) - set(kept)
+        self.work = self._frames_left()
+        self.start_s = time.monotonic()
+        self.frames = self.refused = 0
+
+    def count(self, part: int, outcome: dict[str, Any]) -> None:
+        self.left.remove(part)
+        self.frames += sum(record["length"] for record in outcome["episodes"])
+        self.refused += len({refusal["episode"] for refusal in outcome["refusals"]})
+        elapsed_s = time.monotonic() - self.start_s
+        left = self._frames_left()
+        total = sum(unit.num_episodes for units in self.parts for unit in units)
+        episodes_left = sum(unit.num_episodes for part in self.left for unit in self.parts[part])
+        self.on_progress(
+            Progress(
+                episodes=total - episodes_left,
+                total_episodes=total,
+                refused=self.refused,
+                frames=self.frames,
+                elapsed_s=elapsed_s,
+                remaining_s=elapsed_s * left / max(self.work - left, 1),
+            )
+        )
+
+    def _frames_left(self) -> int:
+        return sum(unit.num_frames for part in self.left for unit in self.parts[part])

@@ -1,0 +1,61 @@
+"""SmolVLA's optimiser and learning-rate schedule: the presets of its configuration."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .configuration import SmolVLAConfig
+
+MAX_WARMUP_SHARE = 10
+"""Where the decay follows the run, the warm-up takes at most a tenth of it: the preset's 1,000 steps would
+otherwise be all of a short run."""
+
+
+def optimizer_groups(policy: nn.Module) -> list[dict[str, Any]]:
+    """One group of the trainable parameters, in the order of `named_parameters`."""
+    return [{"params": [parameter for parameter in policy.parameters() if parameter.requires_grad]}]
+
+
+def adamw(policy: nn.Module, config: SmolVLAConfig, *, lr: float | None = None) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters as the configuration says; `lr` is the peak, instead of its own."""
+    return torch.optim.AdamW(
+        optimizer_groups(policy),
+        lr=config.optimizer_lr if lr is None else lr,
+        betas=(config.optimizer_betas[0], config.optimizer_betas[1]),
+        eps=config.optimizer_eps,
+        weight_decay=config.optimizer_weight_decay,
+    )
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients in place to a total norm of at most `max_norm`; returns the norm before."""
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def lr_factor(
+    step: int,
+    *,
+    warmup_steps: int,
+    decay_steps: int | None,
+    total_steps: int,
+    peak_lr: float,
+    decay_lr: float,
+) -> float:
+    """Factor on the peak learning rate at optimiser step `step` (the first step is 0).
+
+    Linear warm-up from 1 / (warmup_steps + 1), then a cosine of the absolute step down to decay_lr / peak_lr
+    at `decay_steps`; a run shorter than that shrinks both by total_steps / decay_steps. With decay_steps None
+    the cosine ends with the run. With a number, a longer run ends on a flat tail at `decay_lr`, which is
+    LeRobot's trap for runs beyond the preset's 30,000 steps.
+    """
+    if decay_steps is None:
+        decay_steps, warmup_steps = total_steps, min(warmup_steps, total_steps // MAX_WARMUP_SHARE)
+    elif total_steps < decay_steps:
+        decay_steps, warmup_steps = total_steps, int(warmup_steps * total_steps / decay_steps)
+    if step < warmup_steps:
+        return (1 / (warmup_steps + 1) - 1) * (1 - step / warmup_steps) + 1
+    floor = decay_lr / peak_lr
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(step, decay_steps) / decay_steps))

@@ -1,0 +1,79 @@
+"""One Ray cluster and one MLflow server for the session, started as a user starts them; toy episodes."""
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+
+def pytest_configure(config):
+    """Choose the session's token before any test module imports Ray, which reads it once."""
+    state = Path(tempfile.mkdtemp(prefix="smolvla-tests-"))
+    token = state / "ray_token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ |= {"SMOLVLA_STATE": str(state), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["SMOLVLA_STATE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def services():
+    """The record of a Ray head and an MLflow server that belong to this session; stopped at its end."""
+    script = [sys.executable, str(ROOT / "infra/local/services.py")]
+    try:
+        subprocess.run([*script, "up"], check=True, timeout=240)
+        yield json.loads((Path(os.environ["SMOLVLA_STATE"]) / "services.json").read_text())
+    finally:
+        subprocess.run([*script, "down"], check=True, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def ray_session(services):
+    """This process as a driver on the session's cluster, whose workers can import the tests' modules."""
+    import ray
+
+    address = services["ray"]["address"]
+    variables = {
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), *(str(ROOT / "tests" / name) for name in ("", "pipelines"))]
+        ),
+        "RAY_ADDRESS": address,  # a helper of Ray Train looks for a cluster by itself
+    }
+    ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": variables})
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def episodes(ray_session, tmp_path_factory):
+    """A dataset of 12 short toy episodes: two tasks, two cameras of 40 x 56 pixels, state and action."""
+    from toys import ToySource
+
+    from pipelines.ingestion import ingest
+    from pipelines.writer import WriterOptions
+
+    folder = tmp_path_factory.mktemp("data") / "toy episodes"
+    ingest(
+        ToySource(),
+        str(folder),
+        options=WriterOptions(image_format="jpeg", jpeg_quality=95, resize=None),
+        max_refused=0.0,
+        code_version=None,
+        start_ray=lambda: None,
+        on_progress=lambda progress: None,
+    )
+    return folder

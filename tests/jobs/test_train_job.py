@@ -1,0 +1,281 @@
+"""The job as users meet it: submitted to a real cluster, killed, stopped, reviewed in a real MLflow."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import draccus
+import pytest
+from mlflow import MlflowClient
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from jobs import train_smolvla
+from jobs.train_smolvla import TrainJob
+
+ROOT = Path(__file__).parents[2]
+STEPS = 60
+
+
+class Jobs:
+    """Submits the training job and waits for what it does."""
+
+    def __init__(self, services, storage):
+        self.client = JobSubmissionClient(services["ray"]["url"])
+        self.mlflow_uri, self.storage = services["mlflow"]["url"], storage
+        self.mlflow = MlflowClient(self.mlflow_uri)
+
+    def flags(self, name, dataset, **changes):
+        flags = {
+            "config": "configs/train/demo.yaml",
+            "dataset.path": f'"{dataset}"',
+            "storage_path": f'"{self.storage}"',
+            "run_name": name,
+            "tracking.uri": self.mlflow_uri,
+            "tracking.experiment": "tests",
+            "steps": STEPS,
+            "batch_size": 8,
+            "micro_batch": 4,
+            "mixing_rows": 64,
+            "log_every": 1,
+            "checkpoint.every": 10,
+            "max_failures": 0,
+        } | changes
+        return " ".join(f"--{flag} {value}" for flag, value in flags.items())
+
+    def submit(self, name, dataset, **changes):
+        environment = {
+            "working_dir": str(ROOT),
+            "excludes": ["tests", ".local", "data"],
+            "env_vars": {"SMOLVLA_GIT_COMMIT": "c0ffee", "OMP_NUM_THREADS": "1"},
+        }
+        command = f"python jobs/train_smolvla.py {self.flags(name, dataset, **changes)}"
+        return self.client.submit_job(entrypoint=command, runtime_env=environment)
+
+    def wait(self, job, timeout_s=300):
+        deadline = time.monotonic() + timeout_s
+        while not (status := self.client.get_job_status(job)).is_terminal():
+            assert time.monotonic() < deadline, self.client.get_job_logs(job)[-4000:]
+            time.sleep(0.5)
+        return status
+
+    def wait_for_step(self, name, job, step, timeout_s=200):
+        spool, deadline = self.storage / name / "metrics.jsonl", time.monotonic() + timeout_s
+        while not (spool.exists() and f'"step": {step},' in spool.read_text()):
+            status = self.client.get_job_status(job)
+            assert not status.is_terminal(), f"{status}: {self.client.get_job_logs(job)[-4000:]}"
+            assert time.monotonic() < deadline, self.client.get_job_logs(job)[-4000:]
+            time.sleep(0.05)
+
+    def run_of(self, name):
+        run_id = json.loads((self.storage / name / "run.json").read_text())["mlflow_run_id"]
+        return self.mlflow.get_run(run_id)
+
+    def curve(self, name):
+        """step -> loss as MLflow has it; each step must be there once."""
+        points = self.mlflow.get_metric_history(self.run_of(name).info.run_id, "train/loss")
+        curve = {point.step: point.value for point in points}
+        assert len(curve) == len(points), "a step was logged twice"
+        return curve
+
+
+@pytest.fixture(scope="module")
+def jobs(services, tmp_path_factory):
+    return Jobs(services, tmp_path_factory.mktemp("my runs"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(jobs, episodes):
+    job = jobs.submit("uninterrupted", episodes)
+    status = jobs.wait(job)
+    logs = jobs.client.get_job_logs(job)
+    assert status == JobStatus.SUCCEEDED, logs[-4000:]
+    return logs
+
+
+def test_a_submitted_run_is_reviewable_in_mlflow(uninterrupted, jobs, episodes):
+    run = jobs.run_of("uninterrupted")
+    assert run.info.status == "FINISHED"
+    assert sorted(jobs.curve("uninterrupted")) == list(range(1, STEPS + 1))
+    assert {"train/lr", "train/grad_norm", "data/wait_share", "data/samples_per_s"} <= run.data.metrics.keys()
+    assert len(run.data.params) <= 20
+    assert run.data.params["steps"] == str(STEPS)
+    fingerprint = json.loads((episodes / "meta/ingest.json").read_text())["fingerprint"]
+    assert run.data.params["dataset_fingerprint"] == fingerprint
+    assert run.inputs.dataset_inputs[0].dataset.digest == fingerprint[:32]
+    assert run.data.tags["mlflow.source.git.commit"] == "c0ffee"
+    assert run.data.tags["ray_job_id"].startswith("raysubmit_")
+    artifacts = [entry.path for entry in jobs.mlflow.list_artifacts(run.info.run_id, "config")]
+    assert artifacts == ["config/identity.json", "config/job.yaml", "config/policy.json"]
+    folders = sorted(str(path) for path in (jobs.storage / "uninterrupted").glob("step_*"))
+    models = jobs.mlflow.search_logged_models(
+        [run.info.experiment_id], f"source_run_id = '{run.info.run_id}'"
+    )
+    assert sorted(model.params["checkpoint_uri"] for model in models) == folders
+    assert run.data.tags["latest_checkpoint"] == folders[-1]
+
+
+def test_the_terminal_shows_the_config_the_link_and_the_progress(uninterrupted, jobs):
+    run = jobs.run_of("uninterrupted")
+    link = (
+        f"{jobs.mlflow_uri}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        "?workflowType=machine_learning"
+    )
+    assert f"MLflow run: {link}" in uninterrupted
+    assert "micro_batch: 4" in uninterrupted
+    assert f"/{STEPS}  loss " in uninterrupted
+    reports = [json.loads(line) for line in uninterrupted.splitlines() if line.startswith("{")]
+    assert reports[-1]["step"] == STEPS
+    assert reports[-1]["undelivered_records"] == 0
+
+
+def test_a_run_whose_job_is_killed_and_stopped_and_submitted_again_draws_the_same_curve(
+    uninterrupted, jobs, episodes
+):
+    job = jobs.submit("killed", episodes)
+    jobs.wait_for_step("killed", job, 25)
+    first_run = jobs.run_of("killed").info.run_id
+    os.kill(int(jobs.client.get_job_info(job).driver_info.pid), signal.SIGKILL)
+    assert jobs.wait(job) == JobStatus.FAILED
+
+    job = jobs.submit("killed", episodes)
+    jobs.wait_for_step("killed", job, 45)
+    jobs.client.stop_job(job)
+    assert jobs.wait(job) == JobStatus.STOPPED
+    assert jobs.run_of("killed").info.status == "KILLED"
+
+    job = jobs.submit("killed", episodes)
+    assert jobs.wait(job) == JobStatus.SUCCEEDED, jobs.client.get_job_logs(job)[-4000:]
+    run = jobs.run_of("killed")
+    assert (run.info.run_id, run.info.status) == (first_run, "FINISHED")
+    assert run.data.tags["resumed_from_step"] in {"30", "40", "50"}
+    assert jobs.curve("killed") == pytest.approx(jobs.curve("uninterrupted"), rel=1e-6)
+
+
+def test_a_complete_run_submitted_again_has_nothing_to_do(uninterrupted, jobs, episodes):
+    job = jobs.submit("uninterrupted", episodes)
+    assert jobs.wait(job) == JobStatus.SUCCEEDED
+    assert f"complete at step {STEPS}" in jobs.client.get_job_logs(job)
+    assert jobs.run_of("uninterrupted").info.status == "FINISHED"
+
+
+def test_a_run_that_breaks_ends_as_failed(jobs, episodes, tmp_path):
+    """An image that cannot be decoded stops the run, and MLflow says so."""
+    import shutil
+
+    import pyarrow.parquet as pq
+
+    broken = tmp_path / "broken"
+    shutil.copytree(episodes, broken)
+    for file in (broken / "data").rglob("*.parquet"):
+        data = file.read_bytes()
+        start = pq.read_metadata(file).row_group(0).column(0).data_page_offset
+        file.write_bytes(data[: start + 40] + bytes(400) + data[start + 440 :])
+    job = jobs.submit("broken", broken)
+    assert jobs.wait(job) == JobStatus.FAILED
+    assert jobs.run_of("broken").info.status == "FAILED"
+
+
+def parsed(flags):
+    return draccus.parse(
+        TrainJob, args=[f"--{name.replace('__', '.')}={value}" for name, value in flags.items()]
+    )
+
+
+def prepared(flags):
+    return train_smolvla.prepare(parsed(flags))
+
+
+def refusal(**flags):
+    """What `prepare` says about a job, without what draccus wraps around it."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is what is returned
+        prepared(flags)
+    cause: BaseException = error.value
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return str(cause)
+
+
+@pytest.fixture
+def good(episodes, tmp_path):
+    return {
+        "dataset__path": episodes,
+        "policy__path": ROOT / "configs/policy/tiny",
+        "policy__allow_random_weights": "true",
+        "run_name": "checked",
+        "storage_path": tmp_path,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps 0 is below 1"),
+        ({"batch_size": 60}, "batch_size 60 is not a multiple of micro_batch 8 * num_workers 1"),
+        ({"mixing_rows": 100}, "mixing_rows 100 is not a multiple of micro_batch 8"),
+        ({"num_workers": 3}, "batch_size 64 is not a multiple of micro_batch 8 * num_workers 3"),
+        ({"run_name": ""}, "run_name is missing"),
+        ({"run_name": "a/b"}, "run_name 'a/b'"),
+        ({"storage_path": "runs"}, "storage_path 'runs' is relative"),
+        ({"storage_path": "/proc/nowhere"}, "storage_path /proc/nowhere: cannot be written"),
+        ({"dataset__path": "/nowhere"}, "dataset.path '/nowhere' does not exist"),
+        ({"policy__path": "/nowhere"}, "policy.path '/nowhere' does not exist"),
+        ({"policy__path": "/tmp"}, "policy.path /tmp: no config.json"),
+        ({"policy__allow_random_weights": "false"}, "no model.safetensors, so the model would be random"),
+        ({"policy__path": ROOT / "tests/golden/default"}, "cameras ['observation.images.camera1'"),
+        ({"optimizer__lr": -1}, "optimizer_lr"),
+        ({"seed": -1}, "seed -1 is negative"),
+        ({"checkpoint__every": 0}, "checkpoint.every 0 is below 1"),
+        ({"log_every": 0}, "log_every 0 is below 1"),
+    ],
+)
+def test_a_wrong_flag_is_refused_by_name_and_value_before_anything_starts(good, change, message):
+    assert message in refusal(**(good | change))
+
+
+def test_a_run_is_not_continued_as_something_else(good, tmp_path):
+    identity = prepared(good).identity
+    (tmp_path / "checked/run.json").write_text(json.dumps({"mlflow_run_id": "x", "identity": identity}))
+    assert prepared(good | {"num_workers": 2, "log_every": 3}).identity == identity
+    assert "this run has seed 1000, now 7" in refusal(**good, seed=7)
+    assert "steps 20000, now 30" in refusal(**good, steps=30)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stps", "3"], "unknown flag --stps; did you mean --steps?"),
+        (["--steps", "many"], "`steps`: Couldn't parse 'many' into an int"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
+        (["--precision", "float16"], "float16"),
+    ],
+)
+def test_the_command_line_answers_a_mistake_with_one_line_and_exit_code_2(words, message):
+    done = subprocess.run(
+        [sys.executable, "jobs/train_smolvla.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert lines[0].startswith("train_smolvla.py: ")
+
+
+def test_a_tracking_server_that_does_not_answer_is_refused_before_ray_starts(good):
+    flags = [f"--{name.replace('__', '.')}={value}" for name, value in good.items()]
+    done = subprocess.run(
+        [sys.executable, "jobs/train_smolvla.py", *flags, "--tracking.uri=http://127.0.0.1:9"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "tracking.uri http://127.0.0.1:9: no MLflow server answers" in done.stderr.splitlines()[-1]

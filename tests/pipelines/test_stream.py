@@ -1,0 +1,200 @@
+"""The stream: real Parquet through real Ray Data, every number compared with the episodes it came from."""
+
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from toys import LENGTHS, TASKS
+
+from pipelines.dataset import open_dataset
+from pipelines.stream import SampleReader, Source, StreamConfig, ToTorch, micro_batches
+from smolvla.data_utils import Normalizer, tokenize_tasks
+
+H = 10
+
+
+@pytest.fixture(scope="module")
+def reader(episodes):
+    dataset = open_dataset(str(episodes))
+    inputs, outputs = dataset.policy_features()
+    mapping = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
+    normalizer = Normalizer(dataset.stats, inputs | outputs, mapping)
+    tokens, mask = tokenize_tasks(dataset.tasks, "configs/policy/tiny/vlm", max_length=48)
+    config = StreamConfig(seed=3, micro_batch=8, mixing_rows=32)
+    return SampleReader([Source(dataset, normalizer, tokens, mask)], config, chunk_size=H, image_box=(28, 28))
+
+
+def test_an_opened_dataset_knows_its_episodes_tasks_and_row_groups(reader):
+    dataset = reader.sources[0].dataset
+    assert dataset.tasks == TASKS
+    assert dataset.episode_length.tolist() == list(LENGTHS)
+    assert dataset.camera_names == ["observation.images.top", "observation.images.wrist"]
+    for unit in range(len(dataset.row_groups)):
+        file = dataset.open_file(int(dataset.row_groups.file[unit]))
+        table = file.read_row_group(
+            int(dataset.row_groups.group[unit]), columns=["episode_index", "frame_index"]
+        )
+        assert len(table) == dataset.row_groups.rows[unit] <= 16
+        assert set(table["episode_index"].to_pylist()) == {dataset.row_groups.episode[unit]}
+        assert table["frame_index"][0].as_py() == dataset.row_groups.first_frame[unit]
+
+
+def test_a_dataset_of_others_gives_the_same_rows_whatever_its_row_groups(reader, episodes, tmp_path):
+    """Without our notes the footers are read; here all episodes of a file lie in one large row group."""
+    import json
+    import shutil
+
+    other = tmp_path / "others"
+    shutil.copytree(episodes, other)
+    info = json.loads((other / "meta/info.json").read_text())
+    del info["row_group_frames"]
+    (other / "meta/info.json").write_text(json.dumps(info))
+    for file in (other / "data").rglob("*.parquet"):
+        pq.write_table(pq.read_table(file), file, row_group_size=100)
+    dataset = open_dataset(str(other))
+    assert dataset.row_groups.rows.sum() == sum(LENGTHS)
+    assert dataset.row_groups.skip.max() > 0
+    source = reader.sources[0]
+    theirs = SampleReader(
+        [Source(dataset, source.normalizer, source.tokens, source.token_mask)], reader.config, H, (28, 28)
+    )
+    everything = [by_row(reader), by_row(theirs)]
+    assert everything[0].keys() == everything[1].keys()
+    for key, row in everything[0].items():
+        for name, values in row.items():
+            np.testing.assert_array_equal(values, everything[1][key][name], err_msg=f"{key} {name}")
+
+
+def by_row(reader):
+    """(episode, frame) -> its arrays, over one epoch."""
+    rows = {}
+    for group in range(sum(LENGTHS) // reader.config.mixing_rows):
+        for encoded in reader.encoded(group):
+            batch = reader.decoded(encoded)
+            for i in range(len(batch["frame_index"])):
+                key = (int(batch["episode_index"][i]), int(batch["frame_index"][i]))
+                names = ("observation.state", "action", "action_is_pad", *reader.camera_names)
+                rows[key] = {name: batch[name][i] for name in names}
+    return rows
+
+
+def test_windows_states_tokens_and_pixels_are_those_of_the_episode(reader):
+    source = reader.sources[0]
+    for (episode, frame), row in by_row(reader).items():
+        length = LENGTHS[episode]
+        steps = np.arange(frame, frame + H)
+        t = np.minimum(steps, length - 1)[:, None] / 10 + episode
+        actions = np.cos(t * [1, 2, 3, 4]).astype(np.float32)
+        np.testing.assert_allclose(source.normalizer.unnormalize("action", row["action"]), actions, atol=1e-5)
+        np.testing.assert_array_equal(row["action_is_pad"], steps >= length)
+        state = np.sin((frame / 10 + episode) * np.array([1, 2, 3])).astype(np.float32)
+        np.testing.assert_allclose(
+            source.normalizer.unnormalize("observation.state", row["observation.state"]), state, atol=1e-5
+        )
+
+
+def test_shrinking_equals_the_models_own_resize_within_rounding(reader, episodes):
+    torch = pytest.importorskip("torch")
+    from smolvla.data_utils import resize_with_pad
+
+    file = next((episodes / "data").rglob("*.parquet"))
+    table = pq.read_table(file)
+    rows = by_row(reader)
+    camera = "observation.images.top"
+    for i in (0, 16, 100):
+        stored = np.asarray(Image.open(io.BytesIO(table[camera][i]["bytes"].as_py())).convert("RGB"))
+        key = (table["episode_index"][i].as_py(), table["frame_index"][i].as_py())
+        ours = rows[key][camera]
+        assert ours.shape == (20, 28, 3)
+        whole = resize_with_pad(torch.from_numpy(stored.copy()).permute(2, 0, 1)[None].float(), (28, 28))
+        expected = whole[0, :, 8:].permute(1, 2, 0).numpy()  # the padding is on top
+        assert np.abs(ours - expected).max() <= 1.0
+
+
+def test_task_tokens_belong_to_the_row(reader):
+    source = reader.sources[0]
+    batch = reader.decoded(next(reader.encoded(0)))
+    for i, episode in enumerate(batch["episode_index"]):
+        np.testing.assert_array_equal(batch["observation.language.tokens"][i], source.tokens[episode % 2])
+        np.testing.assert_array_equal(
+            batch["observation.language.attention_mask"][i], source.token_mask[episode % 2]
+        )
+
+
+def test_ray_gives_worker_r_the_micro_batches_of_the_plan_from_any_position(reader, ray_session):
+    expected = {}
+    for group in range(4):
+        for encoded in reader.encoded(group):
+            batch = reader.decoded(encoded)
+            expected[int(batch["micro_batch"][0])] = batch
+    for workers, start in ((1, 0), (2, 6), (3, 3)):
+        dataset = micro_batches(reader, start=start, stop=start + 6)
+        dataset.context.execution_options.preserve_order = True
+        task = ray_session.remote(num_cpus=0)(consumed)
+        shares = ray_session.get(
+            [task.remote(split) for split in dataset.streaming_split(workers, equal=True)]
+        )
+        for rank, batches in enumerate(shares):
+            numbers = [batch["micro_batch"].tolist() for batch in batches]
+            assert numbers == [[m] * 8 for m in range(start + rank, start + 6, workers)]
+            for batch in batches:
+                assert_same_batch(batch, expected[int(batch["micro_batch"][0])], reader.camera_names)
+
+
+def consumed(split):
+    """What a worker sees of its share."""
+    batches = split.iter_torch_batches(batch_size=None, collate_fn=ToTorch(), device="cpu")
+    return [{name: tensor.numpy().copy() for name, tensor in batch.items()} for batch in batches]
+
+
+def assert_same_batch(found, expected, cameras):
+    for name in expected.keys() - set(cameras):
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    for camera in cameras:
+        np.testing.assert_array_equal(found[camera].transpose(0, 2, 3, 1), expected[camera])
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("meta/info.json", lambda info: info.pop("fps"), "field 'fps' is missing"),
+        ("meta/info.json", lambda info: info.update(codebase_version="v2.1"), "codebase_version 'v2.1'"),
+        ("meta/info.json", lambda info: info["features"].pop("action"), "features has no 'action'"),
+        ("meta/info.json", lambda info: info.update(total_frames=5), "total_frames 5"),
+    ],
+)
+def test_a_dataset_that_cannot_be_used_is_refused_with_file_and_field(
+    episodes, tmp_path, file, change, message
+):
+    import json
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(episodes / "meta", broken / "meta")
+    content = json.loads((broken / file).read_text())
+    change(content)
+    (broken / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        open_dataset(str(broken))
+    assert str(broken) in str(error.value)
+
+
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no meta/info\.json"):
+        open_dataset(str(tmp_path))
+
+
+def test_a_truncated_image_is_an_error_that_names_the_row(reader):
+    encoded = next(reader.encoded(0))
+    camera = reader.camera_names[0]
+    place = encoded.column_names.index(camera)
+    values = encoded[camera].to_pylist()
+    values[3] = values[3][:10]
+    import pyarrow as pa
+
+    broken = encoded.set_column(place, camera, pa.array(values, pa.large_binary()))
+    episode, frame = encoded["episode_index"][3].as_py(), encoded["frame_index"][3].as_py()
+    with pytest.raises(ValueError, match=f"episode {episode} frame {frame}: {camera}"):
+        reader.decoded(broken)

@@ -1,0 +1,243 @@
+"""The headline: one run is one mathematical object, whatever the number of workers and whatever dies."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from toys import LENGTHS, FileWriter
+
+from pipelines import checkpoint, training
+from pipelines.dataset import open_dataset
+from pipelines.stream import SampleReader, Source, StreamConfig
+from pipelines.training import Cluster, Run, TrainConfig
+from smolvla.configuration import SmolVLAConfig
+from smolvla.data_utils import Normalizer, tokenize_tasks
+from smolvla.modeling import SmolVLAPolicy
+
+VLM = Path("tests/golden/tiny_vlm").absolute()
+TRAIN = TrainConfig(
+    steps=40,
+    batch_size=8,
+    micro_batch=4,
+    seed=11,
+    decay_steps=None,
+    precision="float32",
+    log_every=1,
+    checkpoint_every=10,
+    record_rows=True,
+)
+CLUSTER = Cluster(num_workers=2, use_gpu=False, cpus_per_worker=1, max_failures=2, keep_checkpoints=2)
+
+
+@pytest.fixture(scope="module")
+def toy(episodes):
+    """(dataset, policy config, reader): 320 frames, 40 steps of 8 are one epoch."""
+    dataset = open_dataset(str(episodes))
+    inputs, outputs = dataset.policy_features()
+    config = SmolVLAConfig.from_pretrained("tests/golden/default").changed(
+        vlm_model_name=str(VLM), scheduler_warmup_steps=2, optimizer_lr=1e-3
+    )
+    config = config.with_features(inputs, outputs)
+    normalizer = Normalizer(dataset.stats, inputs | outputs, config.normalization_mapping)
+    tokens, mask = tokenize_tasks(dataset.tasks, str(VLM), max_length=48)
+    stream = StreamConfig(seed=TRAIN.seed, micro_batch=TRAIN.micro_batch, mixing_rows=64)
+    source = Source(dataset, normalizer, tokens, mask)
+    return dataset, config, SampleReader([source], stream, config.chunk_size, config.resize_imgs_with_padding)
+
+
+def new_run(folder, toy, **changes):
+    """A run's folder with the same policy in it as every other one."""
+    dataset, config, _ = toy
+    folder.mkdir()
+    torch.manual_seed(0)
+    run = Run(
+        folder=folder,
+        train=replace(TRAIN, **changes),
+        identity={"toy": True},
+        stats=dataset.stats,
+        num_frames=dataset.num_frames,
+        writer=FileWriter(folder / "points.jsonl"),
+    )
+    SmolVLAPolicy(config).save_pretrained(run.start_folder, stats=dataset.stats)
+    return run
+
+
+def points(run):
+    """What rank 0 wrote, over all attempts."""
+    path = run.writer.path
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(run):
+    """step -> loss; where a step was computed twice, both must be the same number."""
+    found: dict[int, float] = {}
+    for point in points(run):
+        value = found.setdefault(point["step"], point["train/loss"])
+        assert value == point["train/loss"], f"step {point['step']} was {value}, then {point['train/loss']}"
+    return found
+
+
+def recorded_rows(run):
+    """(epoch, episode, frame) of every row by the step that trained on it, over all workers and attempts."""
+    rows = {}
+    for file in sorted((run.folder / "rows").iterdir()):
+        for line in file.read_text().splitlines():
+            entry = json.loads(line)
+            key = (entry["step"], entry["micro_batch"][0])
+            ids = list(zip(entry["epoch"], entry["episode_index"], entry["frame_index"], strict=True))
+            assert rows.setdefault(key, ids) == ids, f"{key} held other rows when it was repeated"
+    return rows
+
+
+def assert_every_frame_once(run):
+    seen = Counter(row for ids in recorded_rows(run).values() for row in ids)
+    frames = {(0, episode, frame) for episode, length in enumerate(LENGTHS) for frame in range(length)}
+    assert set(seen) == frames
+    assert set(seen.values()) == {1}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(ray_session, toy, tmp_path_factory):
+    """Two workers, one micro-batch each, nothing dies."""
+    run = new_run(tmp_path_factory.mktemp("runs") / "uninterrupted", toy)
+    training.fit(run, toy[2], CLUSTER)
+    return run
+
+
+def test_every_step_has_one_loss_and_every_frame_of_the_epoch_is_seen_exactly_once(uninterrupted):
+    assert sorted(losses(uninterrupted)) == list(range(1, 41))
+    assert_every_frame_once(uninterrupted)
+
+
+def test_one_worker_with_accumulation_two_draws_the_curve_of_two_workers(
+    uninterrupted, ray_session, toy, tmp_path
+):
+    run = new_run(tmp_path / "one_worker", toy)
+    training.fit(run, toy[2], replace(CLUSTER, num_workers=1))
+    expected = losses(uninterrupted)
+    found = losses(run)
+    assert sorted(found) == sorted(expected)
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
+    assert recorded_rows(run) == recorded_rows(uninterrupted)
+
+
+def kill_worker_at(run, step):
+    """SIGKILL the process that logged `step`, which is rank 0."""
+
+    def watch():
+        while not any(point["step"] >= step for point in points(run)):
+            time.sleep(0.05)
+        os.kill(points(run)[-1]["pid"], signal.SIGKILL)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_killed_worker_changes_no_loss_and_loses_no_row(uninterrupted, ray_session, toy, tmp_path):
+    run = new_run(tmp_path / "killed", toy)
+    watcher = kill_worker_at(run, 17)
+    training.fit(run, toy[2], CLUSTER)
+    watcher.join()
+    pids = {point["pid"] for point in points(run)}
+    assert len(pids) == 2, "the run was not interrupted"
+    assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-6)
+    assert_every_frame_once(run)
+
+
+def test_a_finished_checkpoint_is_complete_loadable_and_kept_by_number(uninterrupted, toy):
+    folders = sorted(path.name for path in uninterrupted.folder.glob("step_*"))
+    assert folders == ["step_000000030", "step_000000040"]
+    newest = checkpoint.latest(uninterrupted.folder)
+    assert newest is not None
+    assert newest == uninterrupted.folder / "step_000000040"
+    assert checkpoint.progress(newest) == checkpoint.Progress(step=40, samples_seen=320)
+    policy = SmolVLAPolicy.from_pretrained(newest / "pretrained_model")
+    start = SmolVLAPolicy.from_pretrained(uninterrupted.start_folder)
+    trained = dict(policy.named_parameters())
+    for name, before in start.named_parameters():
+        assert torch.equal(trained[name], before) != before.requires_grad, name
+
+
+def test_a_run_goes_on_from_the_newest_good_checkpoint_with_another_number_of_workers(
+    uninterrupted, ray_session, toy, tmp_path
+):
+    """The newest checkpoint is damaged, so the one before it counts; two workers' shards are read by one."""
+    import shutil
+
+    folder = tmp_path / "resumed"
+    shutil.copytree(uninterrupted.folder, folder, ignore=shutil.ignore_patterns("points.jsonl", "rows"))
+    for name in ("checkpoint_manager_snapshot.json",):  # Ray's own record names the folders of the other run
+        (folder / name).unlink()
+    weights = folder / "step_000000040/pretrained_model/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert "model.safetensors" in (checkpoint.problem(weights.parents[1]) or "")
+    run = replace(uninterrupted, folder=folder, writer=FileWriter(folder / "points.jsonl"))
+    training.fit(run, toy[2], replace(CLUSTER, num_workers=1))
+    expected = {step: loss for step, loss in losses(uninterrupted).items() if step > 30}
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
+    assert checkpoint.problem(folder / "step_000000040") is None
+
+
+def test_a_checkpoint_holds_the_values_of_the_moment_it_was_begun(toy, tmp_path):
+    """Training goes on while the files are written: later steps must not leak into them."""
+    import torch.distributed as dist
+
+    from smolvla.optimization import adamw
+
+    dataset, config, _ = toy
+    torch.manual_seed(0)
+    policy = SmolVLAPolicy(config)
+    optimizer = adamw(policy, config)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+        at = checkpoint.Progress(step=1, samples_seen=8)
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        finish = checkpoint.save(
+            tmp_path / "c", policy, optimizer, at=at, identity={}, stats=dataset.stats, group=group
+        )
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.add_(1)
+            for state in optimizer.state.values():
+                state["exp_avg"].add_(1)
+        finish()
+        loaded = SmolVLAPolicy.from_pretrained(tmp_path / "c/pretrained_model")
+        fresh = adamw(loaded, config)
+        assert checkpoint.load(tmp_path / "c", loaded, fresh) == at
+    finally:
+        dist.destroy_process_group()
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        if parameter.requires_grad:
+            assert fresh.state[parameter]["step"] == 1
+            torch.testing.assert_close(fresh.state[parameter]["exp_avg"], torch.full_like(parameter, 0.1))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(ray_session, toy, tmp_path):
+    run = new_run(tmp_path / "diverged", toy, steps=4)
+    policy = SmolVLAPolicy.from_pretrained(run.start_folder)
+    with torch.no_grad():
+        policy.model.action_out_proj.bias.fill_(float("inf"))
+    policy.save_pretrained(run.start_folder, stats=run.stats)
+    import ray.train
+
+    with pytest.raises(ray.train.TrainingFailedError, match="FloatingPointError"):
+        training.fit(run, toy[2], replace(CLUSTER, num_workers=1, max_failures=0))
