@@ -5,7 +5,7 @@ ROOT := $(shell infra/local/root.sh)
 PY := "$(ROOT)/.venv/bin/python"
 STATE := $(ROOT)/.local
 SUBMIT = . "$(STATE)/env" && $(PY) -m ray.scripts.scripts job submit --working-dir . \
-	--runtime-env-json '{"excludes": ["tests", "shared"], "env_vars": {"SMOLVLA_GIT_COMMIT": "$(shell git rev-parse HEAD 2>/dev/null)"}}' --
+	--runtime-env-json '{"excludes": ["tests", "shared"], "env_vars": {"SMOLVLA_GIT_COMMIT": "$(shell git describe --always --dirty --abbrev=40 2>/dev/null)"}}' --
 
 DATASET ?= $(STATE)/data/metaworld
 RUN ?= demo-$(shell date +%Y%m%d-%H%M%S)

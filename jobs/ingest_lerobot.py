@@ -9,7 +9,8 @@ interrupted.
 import sys
 from dataclasses import dataclass
 
-from jobs.terminal import parsed, run_ingestion
+from jobs.command_line import parsed
+from jobs.terminal import run_ingestion
 from pipelines.sources.lerobot import LeRobotSource
 
 

@@ -10,7 +10,8 @@ the command again continues what was interrupted. Needs the extra `sim` and the 
 import sys
 from dataclasses import dataclass
 
-from jobs.terminal import parsed, run_ingestion
+from jobs.command_line import parsed
+from jobs.terminal import run_ingestion
 from pipelines.sources.metaworld import MetaWorldSource
 
 

@@ -1,76 +1,23 @@
-"""How an ingestion job speaks with a terminal: flags in, progress and one JSON report line out, an exit code.
+"""How an ingestion job speaks with a terminal: progress and one JSON report line out, an exit code.
 
 Exit codes: 0 the dataset stands (or stood already), 1 too many episodes were refused or a task failed, 2 bad
 input.
 """
 
-import difflib
 import json
-import logging
-import os
-import subprocess
 import sys
 import time
-import typing
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
-import draccus
-import ray
 from ray.exceptions import RayTaskError
 
+from jobs.command_line import fail, git_commit, start_ray
 from pipelines.ingestion import Progress, TooManyRefusedError, ingest
 from pipelines.sources import Source
 from pipelines.writer import WriterOptions
 
 LISTED_REFUSALS = 20
 """Refusals shown on stderr when there are too many; the report counts them all."""
-
-
-Job = TypeVar("Job")
-
-
-def parsed(job_class: type[Job], argv: Sequence[str]) -> Job:
-    """Read flags into a job's dataclass; a wrong one ends the program with one line."""
-    try:
-        return draccus.parse(job_class, args=_bracketed(job_class, argv))
-    except (draccus.ParsingError, ValueError) as error:
-        reason = error.__cause__ if isinstance(error.__cause__, ValueError) else error
-        fail(reason if str(error).startswith("Couldn't instantiate") else error)
-
-
-def fail(error: object) -> NoReturn:
-    one_line = " ".join(str(error).split())
-    print(f"{Path(sys.argv[0]).name}: {one_line}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def _bracketed(job_class: type, argv: Sequence[str]) -> list[str]:
-    """Turn `--tasks a b` into `--tasks ["a", "b"]`, draccus' way to write a list; refuse unknown flags."""
-    hints = typing.get_type_hints(job_class)
-    lists = {f"--{name}" for name, hint in hints.items() if typing.get_origin(hint) in (tuple, list)}
-    known = [*(f"--{name}" for name in hints), "--help", "--config_path"]
-    out: list[str] = []
-    items: list[str] | None = None
-    for word in [*argv, "--"]:
-        if not word.startswith("--"):
-            (out if items is None else items).append(word)
-            continue
-        flag, _, value = word.partition("=")
-        if items is not None:
-            written_as_list = len(items) == 1 and items[0].startswith("[")
-            out.append(items[0] if written_as_list else json.dumps(items))
-            items = None
-        if word == "--":
-            break
-        if flag not in known:
-            close = difflib.get_close_matches(flag, known, n=1)
-            raise ValueError(f"unknown flag {flag}" + (f"; did you mean {close[0]}?" if close else ""))
-        out.append(flag if flag in lists else word)
-        if flag in lists:
-            items = [value] if value else []
-    return out
 
 
 def run_ingestion(
@@ -93,7 +40,7 @@ def run_ingestion(
                 image_format=image_format, jpeg_quality=jpeg_quality, resize=box_of(resize)
             ),
             max_refused=max_refused,
-            code_version=_git_commit(),
+            code_version=git_commit(),
             start_ray=start_ray,
             on_progress=report_progress,
         )
@@ -162,27 +109,3 @@ def box_of(resize: str | None) -> tuple[int, int] | None:
             f"resize {resize!r} is neither a side such as 512 nor a WIDTHxHEIGHT such as 640x480"
         )
     return int(sides[0]), int(sides[-1])
-
-
-def start_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names, as in a submitted job; else start one for this process."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address, logging_level=logging.WARNING)
-    else:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            object_store_memory=200 * 1024**2,  # holds reports of parts, no frames
-        )
-
-
-def _git_commit() -> str | None:
-    """Return the commit of this code, "-dirty" added when it was changed; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()

@@ -6,9 +6,9 @@ likes. A point is known by its step: after a restart the replayed steps have the
 plan is for), so the first writing of a step stays and later ones are dropped; no curve shows a step twice.
 """
 
+import getpass
 import json
 import os
-import subprocess
 import threading
 import time
 import urllib.error
@@ -33,6 +33,8 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from ray.train import Checkpoint, UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.command_line import git_commit
 
 BATCH = 1000  # points; the REST API takes no more at once
 SHIP_EVERY_S = 1.0
@@ -141,12 +143,13 @@ def log_dataset(
 
 
 def source_tags() -> dict[str, str]:
-    """Git commit and Ray job. A submitted working directory has no .git: its submitter names the commit."""
-    tags = {"mlflow.source.name": "jobs/train_smolvla.py", "mlflow.source.type": "JOB"}
-    git = ["git", "-C", str(Path(__file__).parent)]
-    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    commit = found.stdout.strip() or os.environ.get("SMOLVLA_GIT_COMMIT", "")
-    if commit:
+    """Who and what: user, git commit, Ray job."""
+    tags = {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": "jobs/train_smolvla.py",
+        "mlflow.source.type": "JOB",
+    }
+    if commit := git_commit():
         tags |= {"mlflow.source.git.commit": commit, "git_commit": commit}
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
     if "job_submission_id" in job:

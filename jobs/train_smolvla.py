@@ -387,8 +387,11 @@ class Stopped(Exception):  # noqa: N818 - not an error: somebody asked
 @contextlib.contextmanager
 def truthful_end(run: tracking.TrackedRun) -> Iterator[None]:
     """Whatever ends the job, the MLflow run says so. SIGKILL alone leaves it RUNNING."""
+    stopped = False
 
     def stop(number: int, _: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
         signal.signal(number, signal.SIG_IGN)
         run.finish("KILLED")  # first of all: `ray job stop` kills after 3 s
         raise Stopped(signal.Signals(number).name)
@@ -396,10 +399,9 @@ def truthful_end(run: tracking.TrackedRun) -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
-    except Stopped:
-        raise
     except BaseException:
-        run.finish("FAILED")
+        if not stopped:  # what Ray Train makes of the signal's exception is an exception of its own
+            run.finish("FAILED")
         raise
     else:
         run.finish("FINISHED")

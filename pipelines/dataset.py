@@ -240,7 +240,7 @@ def _data_files(info: Mapping[str, Any], episodes: pa.Table) -> tuple[list[str],
 
 
 def _declared_row_groups(episodes: pa.Table, file_of_episode: Int64, *, frames: int) -> RowGroups:
-    """Row groups from our writer's notes: each episode is cut every `frames` frames, from its own group on."""
+    """Row groups from our writer's notes: each episode is cut every `frames` frames, from its first group."""
     length = episodes["length"].to_numpy()
     first_group = episodes["data/row_group_index"].to_numpy()
     per_episode = -(-length // frames)

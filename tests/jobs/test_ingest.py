@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from lerobot_toy import CAMERA, edit, replaced, v21_rows, v21_video, write_v21, write_v30
 
+from jobs.command_line import parsed
 from jobs.ingest_lerobot import IngestLeRobot
 from jobs.ingest_lerobot import main as ingest_lerobot
 from jobs.ingest_metaworld import IngestMetaWorld
-from jobs.terminal import box_of, parsed
+from jobs.terminal import box_of
 from pipelines import sealing, writer
 from pipelines.dataset import open_dataset
 from pipelines.ingestion import TooManyRefusedError, ingest
