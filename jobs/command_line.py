@@ -113,7 +113,8 @@ def _joined_lists(words: Sequence[str], flags: Mapping[str, type]) -> list[str]:
             (out if items is None else items).append(word)
             continue
         if items is not None:
-            out.append(json.dumps(items))
+            written = len(items) == 1 and items[0].startswith("[")  # draccus' own form
+            out.append(items[0] if written else json.dumps(items))
             items = None
         if word == "--":
             break

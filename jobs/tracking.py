@@ -321,7 +321,7 @@ class RunWriter:
         step, metrics = ray.get(self.actor.latest.remote())
         return step, metrics
 
-    def close(self, timeout_s: float = 60.0) -> int:
+    def close(self, timeout_s: float) -> int:
         """Deliver the rest; returns how many records are still only in the spool."""
         return int(ray.get(self.actor.close.remote(timeout_s)))
 

@@ -61,6 +61,16 @@ class OptimizerOptions:
     """Steps of the cosine decay; None: all steps of the run."""
     decay_lr: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "grad_clip_norm", "decay_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"optimizer.{name} {value} is not positive")
+        for name in ("weight_decay", "warmup_steps", "decay_lr"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"optimizer.{name} {value} is negative")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
@@ -138,6 +148,7 @@ OPTIMIZER_FIELDS = {  # flag of the group `optimizer` -> field of the policy's c
     "warmup_steps": "scheduler_warmup_steps",
     "decay_lr": "scheduler_decay_lr",
 }
+CLOSE_WITHIN_S, STOP_WITHIN_S = 60.0, 2.0  # for the last points; `ray job stop` kills after 3 s by default
 NOT_IDENTITY = ("log_every", "checkpoint_every", "record_rows")  # these change no number of the run
 
 
@@ -431,42 +442,23 @@ def show_progress(writer: tracking.RunWriter, job: TrainJob, done: threading.Eve
 def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
     """Run the training; returns the figures of the report line."""
     at = training.position(prepared.folder)
-    if at.step >= job.steps:
-        print(f"run {job.run_name} is complete at step {at.step}; nothing to do")
-        return {"run_folder": str(prepared.folder), "step": at.step}
     write_start(prepared, job)
     run = tracked(job, prepared, step=at.step)
     print(f"MLflow run: {run.link}", flush=True)
-    if at.step:
-        print(f"continues from step {at.step}", flush=True)
-    started, done = time.monotonic(), threading.Event()
+    started = time.monotonic()
     with truthful_end(run):
         writer = tracking.run_writer(run, prepared.folder / "metrics.jsonl")
-        progress = threading.Thread(target=show_progress, args=(writer, job, done), daemon=True)
-        progress.start()
+        timeout_s = CLOSE_WITHIN_S
         try:
-            training.fit(
-                Run(
-                    folder=prepared.folder,
-                    train=prepared.train,
-                    identity=prepared.identity,
-                    stats=prepared.dataset.stats,
-                    num_frames=prepared.dataset.num_frames,
-                    writer=writer,
-                ),
-                prepared.reader,
-                Cluster(
-                    num_workers=job.num_workers,
-                    use_gpu=job.use_gpu,
-                    cpus_per_worker=job.cpus_per_worker,
-                    max_failures=job.max_failures,
-                    keep_checkpoints=job.checkpoint.keep,
-                ),
-                callbacks=[tracking.CheckpointsInMlflow(writer)],
-            )
+            if at.step >= job.steps:
+                print(f"run {job.run_name} is complete at step {at.step}; nothing to do", flush=True)
+            else:
+                fit(job, prepared, writer, at_step=at.step)
+        except Stopped:
+            timeout_s = STOP_WITHIN_S
+            raise
         finally:
-            done.set()
-            undelivered = writer.close()
+            undelivered = writer.close(timeout_s)
     return {
         "mlflow": run.link,
         "run_folder": str(prepared.folder),
@@ -475,6 +467,33 @@ def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 1),
         "undelivered_records": undelivered,
     }
+
+
+def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, *, at_step: int) -> None:
+    """Train while a thread prints the progress."""
+    if at_step:
+        print(f"continues from step {at_step}", flush=True)
+    run = Run(
+        folder=prepared.folder,
+        train=prepared.train,
+        identity=prepared.identity,
+        stats=prepared.dataset.stats,
+        num_frames=prepared.dataset.num_frames,
+        writer=writer,
+    )
+    cluster = Cluster(
+        num_workers=job.num_workers,
+        use_gpu=job.use_gpu,
+        cpus_per_worker=job.cpus_per_worker,
+        max_failures=job.max_failures,
+        keep_checkpoints=job.checkpoint.keep,
+    )
+    done = threading.Event()
+    threading.Thread(target=show_progress, args=(writer, job, done), daemon=True).start()
+    try:
+        training.fit(run, prepared.reader, cluster, callbacks=[tracking.CheckpointsInMlflow(writer)])
+    finally:
+        done.set()
 
 
 def main(job: TrainJob) -> None:

@@ -190,13 +190,13 @@ def prepared(flags):
 
 
 def refusal(**flags):
-    """What `prepare` says about a job, without what draccus wraps around it."""
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is what is returned
+    """What parsing or `prepare` says about a job, without what draccus wraps around it."""
+    with pytest.raises((ValueError, draccus.ParsingError)) as caught:
         prepared(flags)
-    cause: BaseException = error.value
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    return str(cause)
+    error: BaseException = caught.value
+    while str(error).startswith("Couldn't instantiate") and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def good(episodes, tmp_path):
         ({"policy__path": "/tmp"}, "policy.path /tmp: no config.json"),
         ({"policy__allow_random_weights": "false"}, "no model.safetensors, so the model would be random"),
         ({"policy__path": ROOT / "tests/golden/default"}, "cameras ['observation.images.camera1'"),
-        ({"optimizer__lr": -1}, "optimizer_lr"),
+        ({"optimizer__lr": -1}, "optimizer.lr -1.0 is not positive"),
         ({"seed": -1}, "seed -1 is negative"),
         ({"checkpoint__every": 0}, "checkpoint.every 0 is below 1"),
         ({"log_every": 0}, "log_every 0 is below 1"),
