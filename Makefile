@@ -4,8 +4,12 @@ PYTHON ?= python3
 ROOT := $(shell infra/local/root.sh)
 PY := "$(ROOT)/.venv/bin/python"
 STATE := $(ROOT)/.local
-SUBMIT = . "$(STATE)/env" && $(PY) -m ray.scripts.scripts job submit --working-dir . \
-	--runtime-env-json '{"excludes": ["tests", "shared"], "env_vars": {"SMOLVLA_GIT_COMMIT": "$(shell git describe --always --dirty --abbrev=40 2>/dev/null)"}}' --
+# Ray warns of each folder that it leaves out by default; ours are named instead.
+SUBMIT = . "$(STATE)/env" && RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES= \
+	$(PY) -m ray.scripts.scripts job submit --working-dir . --runtime-env-json '{ \
+		"excludes": [".git", ".venv", ".local", "tests", "docs"], \
+		"env_vars": {"SMOLVLA_GIT_COMMIT": "$(COMMIT)"}}' --
+COMMIT := $(shell git describe --always --dirty --abbrev=40 2>/dev/null)
 
 DATASET ?= $(STATE)/data/metaworld
 RUN ?= demo-$(shell date +%Y%m%d-%H%M%S)
@@ -14,10 +18,10 @@ RUN ?= demo-$(shell date +%Y%m%d-%H%M%S)
 train: up
 	@echo "== collecting Meta-World episodes with the scripted experts"
 	$(SUBMIT) python jobs/ingest_metaworld.py --tasks reach-v3 button-press-topdown-v3 --episodes 20 \
-		--output '"$(DATASET)"'
+		--output "$(DATASET)"
 	@echo "== training"
-	. "$(STATE)/env" && $(SUBMIT) python jobs/train_smolvla.py --config configs/train/demo.yaml \
-		--dataset.path '"$(DATASET)"' --storage_path '"$(STATE)/runs"' --run_name $(RUN) \
+	$(SUBMIT) python jobs/train_smolvla.py --config configs/train/demo.yaml \
+		--dataset.path "$(DATASET)" --storage_path "$(STATE)/runs" --run_name $(RUN) \
 		--tracking.uri $$MLFLOW_TRACKING_URI
 
 test: install

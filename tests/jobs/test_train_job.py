@@ -17,7 +17,7 @@ from jobs import train_smolvla
 from jobs.train_smolvla import TrainJob
 
 ROOT = Path(__file__).parents[2]
-STEPS = 60
+STEPS = 100  # enough that a stop finds the run unfinished
 
 
 class Jobs:
@@ -151,7 +151,7 @@ def test_a_run_whose_job_is_killed_and_stopped_and_submitted_again_draws_the_sam
     assert jobs.wait(job) == JobStatus.SUCCEEDED, jobs.client.get_job_logs(job)[-4000:]
     run = jobs.run_of("killed")
     assert (run.info.run_id, run.info.status) == (first_run, "FINISHED")
-    assert run.data.tags["resumed_from_step"] in {"30", "40", "50"}
+    assert 40 <= int(run.data.tags["resumed_from_step"]) < STEPS
     assert jobs.curve("killed") == pytest.approx(jobs.curve("uninterrupted"), rel=1e-6)
 
 
@@ -248,9 +248,10 @@ def test_a_run_is_not_continued_as_something_else(good, tmp_path):
     ("words", "message"),
     [
         (["--stps", "3"], "unknown flag --stps; did you mean --steps?"),
-        (["--steps", "many"], "`steps`: Couldn't parse 'many' into an int"),
-        (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
-        (["--precision", "float16"], "float16"),
+        (
+            ["--config", "configs/train/demo.yaml", "--steps", "many"],
+            "`steps`: Couldn't parse 'many' into an int",
+        ),
     ],
 )
 def test_the_command_line_answers_a_mistake_with_one_line_and_exit_code_2(words, message):
