@@ -49,5 +49,5 @@ install: .venv/.installed
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, PYTHON=... names one")'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet uv
-	.venv/bin/python -m uv pip install --python .venv/bin/python --compile-bytecode --editable '.[dev]'
+	.venv/bin/python -m uv pip install --system-certs --python .venv/bin/python --compile-bytecode --editable '.[dev]'
 	touch .venv/.installed
