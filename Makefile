@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ROOT := $(shell infra/local/root.sh)
 PY := "$(ROOT)/.venv/bin/python"
-STATE := $(ROOT)/.local
+STATE := $(CURDIR)/.local
 # Ray warns of each folder that it leaves out by default; ours are named instead.
 SUBMIT = . "$(STATE)/env" && RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES= \
 	$(PY) -m ray.scripts.scripts job submit --working-dir . --runtime-env-json '{ \
@@ -12,7 +12,9 @@ SUBMIT = . "$(STATE)/env" && RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES= \
 COMMIT := $(shell git describe --always --dirty --abbrev=40 2>/dev/null)
 
 DATASET ?= $(STATE)/data/metaworld
-RUN ?= demo-$(shell date +%Y%m%d-%H%M%S)
+ifndef RUN
+RUN := demo-$(shell date +%Y%m%d-%H%M%S)
+endif
 
 .PHONY: train test check up down status install
 train: up
@@ -23,6 +25,7 @@ train: up
 	$(SUBMIT) python jobs/train_smolvla.py --config configs/train/demo.yaml \
 		--dataset.path "$(DATASET)" --storage_path "$(STATE)/runs" --run_name $(RUN) \
 		--tracking.uri $$MLFLOW_TRACKING_URI
+	@$(PY) -c 'import json, sys; print("\nThe run in MLflow:", json.load(open(sys.argv[1]))["link"])' "$(STATE)/runs/$(RUN)/run.json"
 
 test: install
 	$(PY) -m pytest

@@ -381,7 +381,8 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
     run.client.log_dict(run.run_id, prepared.identity, "config/identity.json")
     run.client.log_dict(run.run_id, prepared.policy_config.to_dict(), "config/policy.json")
     partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps({"mlflow_run_id": run.run_id, "identity": prepared.identity}, indent=1))
+    known = {"mlflow_run_id": run.run_id, "link": run.link, "identity": prepared.identity}
+    partial.write_text(json.dumps(known, indent=1))
     partial.rename(record)
     return run
 
@@ -423,13 +424,15 @@ def truthful_end(run: tracking.TrackedRun) -> Iterator[None]:
 
 def show_progress(writer: tracking.RunWriter, job: TrainJob, done: threading.Event) -> None:
     """Print a line whenever there is a new point."""
-    started, first, shown = time.monotonic(), None, 0
+    first, first_at, shown = 0, 0.0, 0
     while not done.wait(2.0):
         step, metrics = writer.latest()
         if step == shown:
             continue
-        first, shown = first or step, step
-        rate = (step - first) / (time.monotonic() - started) if step > first else 0.0
+        shown = step
+        if not first:  # the time before was spent on starting
+            first, first_at = step, time.monotonic()
+        rate = (step - first) / (time.monotonic() - first_at) if step > first else 0.0
         left = f"{(job.steps - step) / rate:5.0f} s left" if rate else ""
         print(
             f"step {step:6d}/{job.steps}  loss {metrics['train/loss']:.4f}  lr {metrics['train/lr']:.2e}  "

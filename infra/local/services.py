@@ -178,13 +178,13 @@ def _free_port(wanted: int) -> int:
     """The wanted port, or the next one that nobody listens on."""
     for port in range(wanted, wanted + 100):
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                continue
-            with contextlib.suppress(OSError):
-                probe.close()
-                with socket.socket() as binder:
-                    binder.bind(("127.0.0.1", port))
-                    return port
+            somebody_listens = probe.connect_ex(("127.0.0.1", port)) == 0
+        if somebody_listens:
+            continue
+        with contextlib.suppress(OSError), socket.socket() as binder:
+            binder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do
+            binder.bind(("127.0.0.1", port))
+            return port
     sys.exit(f"no free port between {wanted} and {wanted + 99}")
 
 
