@@ -9,13 +9,14 @@ The same command again continues the run, if it is not complete. Every flag may 
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -82,8 +83,8 @@ class CheckpointOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingOptions:
-    uri: str = "http://127.0.0.1:5000"
-    """MLflow server."""
+    uri: str = ""
+    """MLflow server; empty: what MLFLOW_TRACKING_URI says, else http://127.0.0.1:5000."""
     experiment: str = "smolvla"
 
 
@@ -97,8 +98,8 @@ class TrainJob:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
     run_name: str = ""
-    """Name of the run and of its folder; the same name continues the same run."""
-    storage_path: str = ""
+    """Name of the run and of its folder; the same name continues the same run. Empty: <policy>-<dataset>."""
+    storage_path: str = "~/smolvla_runs"
     """Folder of all runs; every node must see it."""
     steps: int = 20_000
     """Optimiser steps."""
@@ -195,15 +196,9 @@ def prepare(job: TrainJob) -> Prepared:
 
 def _check_given(job: TrainJob) -> None:
     """Flags that have no honest default."""
-    given = {
-        "dataset.path": job.dataset.path,
-        "policy.path": job.policy.path,
-        "storage_path": job.storage_path,
-        "run_name": job.run_name,
-    }
-    for name, value in given.items():
-        if not value:
-            raise ValueError(f"{name} is missing")
+    for group in ("dataset", "policy"):
+        if not getattr(job, group).path:
+            raise ValueError(f"{group}.path is missing")
     if "/" in job.run_name or job.run_name.startswith("."):
         raise ValueError(f"run_name {job.run_name!r}: must be the name of a folder")
 
@@ -256,15 +251,26 @@ def _policy_config(job: TrainJob, dataset: EpisodeDataset) -> SmolVLAConfig:
     return config.with_features(ordered, outputs).changed(**chosen)
 
 
+@contextlib.contextmanager
+def readable_vlm(config: SmolVLAConfig) -> Iterator[None]:
+    """Name the VLM when its files cannot be read: transformers speaks at length of hubs and caches."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"vlm_model_name {config.vlm_model_name!r} of the policy: {reason}") from None
+
+
 def _source(dataset: EpisodeDataset, config: SmolVLAConfig) -> Source:
     features = config.input_features | config.output_features
     normalizer = Normalizer(dataset.stats, features, config.normalization_mapping)
-    tokens, mask = tokenize_tasks(
-        list(dataset.tasks),
-        config.vlm_source(),
-        max_length=config.tokenizer_max_length,
-        padding=config.pad_language_to,
-    )
+    with readable_vlm(config):
+        tokens, mask = tokenize_tasks(
+            list(dataset.tasks),
+            config.vlm_source(),
+            max_length=config.tokenizer_max_length,
+            padding=config.pad_language_to,
+        )
     return Source(dataset, normalizer, np.asarray(tokens), np.asarray(mask))
 
 
@@ -314,12 +320,11 @@ def write_start(prepared: Prepared, job: TrainJob) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     torch.manual_seed(job.seed)
     config = prepared.policy_config
-    weights = Path(job.policy.path) / "model.safetensors"
-    policy = (
-        SmolVLAPolicy.from_pretrained(job.policy.path, config=config)
-        if weights.is_file()
-        else SmolVLAPolicy(config)
-    )
+    with readable_vlm(config):
+        if (Path(job.policy.path) / "model.safetensors").is_file():
+            policy = SmolVLAPolicy.from_pretrained(job.policy.path, config=config)
+        else:
+            policy = SmolVLAPolicy(config)
     policy.save_pretrained(partial, stats=prepared.dataset.stats)
     partial.rename(start)
 
@@ -377,7 +382,7 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
     tracking.log_dataset(
         run, uri=dataset.uri, fingerprint=dataset.fingerprint, features=dataset.features, counts=counts
     )
-    run.client.log_text(run.run_id, resolved(job), "config/job.yaml")
+    run.client.log_text(run.run_id, as_yaml(job), "config/job.yaml")
     run.client.log_dict(run.run_id, prepared.identity, "config/identity.json")
     run.client.log_dict(run.run_id, prepared.policy_config.to_dict(), "config/policy.json")
     partial = record.with_suffix(".partial")
@@ -387,8 +392,15 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
     return run
 
 
-def resolved(job: TrainJob) -> str:
-    """The job's flags with all defaults, as YAML."""
+def completed(job: TrainJob) -> TrainJob:
+    """The job with the names that depend on other flags and on the environment."""
+    name = job.run_name or f"{Path(job.policy.path).name}-{Path(job.dataset.path).name}"
+    uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "http://127.0.0.1:5000"
+    return replace(job, run_name=name, tracking=replace(job.tracking, uri=uri))
+
+
+def as_yaml(job: TrainJob) -> str:
+    """All flags with their values."""
     return yaml.safe_dump(asdict(job), sort_keys=False)
 
 
@@ -445,7 +457,6 @@ def show_progress(writer: tracking.RunWriter, job: TrainJob, done: threading.Eve
 def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
     """Run the training; returns the figures of the report line."""
     at = training.position(prepared.folder)
-    write_start(prepared, job)
     run = tracked(job, prepared, step=at.step)
     print(f"MLflow run: {run.link}", flush=True)
     started = time.monotonic()
@@ -501,11 +512,14 @@ def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, *, at_ste
 
 def main(job: TrainJob) -> None:
     """Check, start, train, report."""
-    print(resolved(job), flush=True)
+    job = completed(job)
+    print(as_yaml(job), flush=True)
     with command_line.refusals():
         prepared = prepare(job)
         tracking.check_reachable(job.tracking.uri)
     with only_driver(prepared.folder):
+        with command_line.refusals():
+            write_start(prepared, job)
         command_line.start_ray()
         with command_line.refusals():
             check_cluster(job)

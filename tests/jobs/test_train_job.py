@@ -186,7 +186,7 @@ def parsed(flags):
 
 
 def prepared(flags):
-    return train_smolvla.prepare(parsed(flags))
+    return train_smolvla.prepare(train_smolvla.completed(parsed(flags)))
 
 
 def refusal(**flags):
@@ -217,7 +217,8 @@ def good(episodes, tmp_path):
         ({"batch_size": 60}, "batch_size 60 is not a multiple of micro_batch 8 * num_workers 1"),
         ({"mixing_rows": 100}, "mixing_rows 100 is not a multiple of micro_batch 8"),
         ({"num_workers": 3}, "batch_size 64 is not a multiple of micro_batch 8 * num_workers 3"),
-        ({"run_name": ""}, "run_name is missing"),
+        ({"dataset__path": ""}, "dataset.path is missing"),
+        ({"policy__path": ""}, "policy.path is missing"),
         ({"run_name": "a/b"}, "run_name 'a/b'"),
         ({"storage_path": "runs"}, "storage_path 'runs' is relative"),
         ({"storage_path": "/proc/nowhere"}, "storage_path /proc/nowhere: cannot be written"),
@@ -242,6 +243,23 @@ def test_a_run_is_not_continued_as_something_else(good, tmp_path):
     assert prepared(good | {"num_workers": 2, "log_every": 3}).identity == identity
     assert "this run has seed 1000, now 7" in refusal(**good, seed=7)
     assert "steps 20000, now 30" in refusal(**good, steps=30)
+
+
+def test_a_run_without_a_name_is_named_by_policy_and_dataset(good, episodes):
+    assert prepared(good | {"run_name": ""}).folder.name == f"tiny-{episodes.name}"
+
+
+def test_a_vlm_that_cannot_be_had_is_refused_by_its_name(good, tmp_path):
+    """A hub id without a network: one line, not transformers' page."""
+    import shutil
+
+    folder = tmp_path / "policy"
+    shutil.copytree(ROOT / "configs/policy/tiny", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vlm_model_name": "nobody/nothing"}))
+    message = refusal(**(good | {"policy__path": folder}))
+    assert message.startswith("vlm_model_name 'nobody/nothing' of the policy: ")
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(

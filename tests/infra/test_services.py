@@ -1,0 +1,71 @@
+"""The local services: idempotent, on loopback, closed to whoever has no token."""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "infra/local/services.py"
+
+
+def record():
+    return json.loads((Path(os.environ["SMOLVLA_STATE"]) / "services.json").read_text())
+
+
+def test_starting_twice_keeps_what_runs(services):
+    before = record()
+    subprocess.run([sys.executable, SCRIPT, "up"], check=True, timeout=120)
+    assert {name: service["pid"] for name, service in record().items()} == {
+        name: service["pid"] for name, service in before.items()
+    }
+
+
+def test_the_job_api_answers_nobody_without_the_token(services):
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{services['ray']['url']}/api/jobs/", timeout=10)
+
+
+def test_the_token_can_be_read_by_its_owner_alone(services):
+    assert Path(os.environ["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o077 == 0
+
+
+def test_dashboard_and_tracking_server_listen_on_loopback_only(services):
+    ports = {int(service["url"].rsplit(":", 1)[1]) for service in services.values()}
+    listening = {
+        c.laddr for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port in ports
+    }
+    assert {address.port for address in listening} == ports
+    assert {address.ip for address in listening} <= {"127.0.0.1", "::1"}
+
+
+def test_stopping_ends_only_the_processes_that_were_started(tmp_path):
+    """A recorded id that belongs to another process by now is left alone."""
+    bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        entry = {
+            "pid": bystander.pid,
+            "started": psutil.Process(bystander.pid).create_time() - 100,
+            "url": "",
+        }
+        (tmp_path / "services.json").write_text(json.dumps({"ray": entry}))
+        environment = os.environ | {"SMOLVLA_STATE": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, SCRIPT, "down"],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert "ray: not running" in done.stdout
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
