@@ -149,7 +149,8 @@ OPTIMIZER_FIELDS = {  # flag of the group `optimizer` -> field of the policy's c
     "warmup_steps": "scheduler_warmup_steps",
     "decay_lr": "scheduler_decay_lr",
 }
-CLOSE_WITHIN_S, STOP_WITHIN_S = 60.0, 2.0  # for the last points; `ray job stop` kills after 3 s by default
+CLOSE_WITHIN_S = 60.0  # for a tracking server that is away at the end; the spool keeps what is left
+LAST_POINTS_S = 1.5  # in which the writer, which ships every second, delivers the last ones of a stopped job
 NOT_IDENTITY = ("log_every", "checkpoint_every", "record_rows")  # these change no number of the run
 
 
@@ -324,7 +325,7 @@ def write_start(prepared: Prepared, job: TrainJob) -> None:
         if (Path(job.policy.path) / "model.safetensors").is_file():
             policy = SmolVLAPolicy.from_pretrained(job.policy.path, config=config)
         else:
-            policy = SmolVLAPolicy(config)
+            policy = SmolVLAPolicy(config, allow_random_vlm=True)  # the flag above says so
     policy.save_pretrained(partial, stats=prepared.dataset.stats)
     partial.rename(start)
 
@@ -404,28 +405,25 @@ def as_yaml(job: TrainJob) -> str:
     return yaml.safe_dump(asdict(job), sort_keys=False)
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: somebody asked
-    """The job was told to stop."""
-
-
 @contextlib.contextmanager
 def truthful_end(run: tracking.TrackedRun) -> Iterator[None]:
     """Whatever ends the job, the MLflow run says so. SIGKILL alone leaves it RUNNING."""
-    stopped = False
 
     def stop(number: int, _: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = True
-        signal.signal(number, signal.SIG_IGN)
-        run.finish("KILLED")  # first of all: `ray job stop` kills after 3 s
-        raise Stopped(signal.Signals(number).name)
+        try:
+            run.finish("KILLED")  # first of all: `ray job stop` kills after 3 s by default
+            print("stopped; the same command continues the run", flush=True)
+            time.sleep(LAST_POINTS_S)
+        finally:
+            # Not by an exception: the signal may come while Ray's own code runs, which can swallow it.
+            # Nothing is lost: a checkpoint counts when its manifest stands.
+            os._exit(128 + number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     except BaseException:
-        if not stopped:  # what Ray Train makes of the signal's exception is an exception of its own
-            run.finish("FAILED")
+        run.finish("FAILED")
         raise
     else:
         run.finish("FINISHED")
@@ -462,17 +460,13 @@ def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
     started = time.monotonic()
     with truthful_end(run):
         writer = tracking.run_writer(run, prepared.folder / "metrics.jsonl")
-        timeout_s = CLOSE_WITHIN_S
         try:
             if at.step >= job.steps:
                 print(f"run {job.run_name} is complete at step {at.step}; nothing to do", flush=True)
             else:
                 fit(job, prepared, writer, at_step=at.step)
-        except Stopped:
-            timeout_s = STOP_WITHIN_S
-            raise
         finally:
-            undelivered = writer.close(timeout_s)
+            undelivered = writer.close(CLOSE_WITHIN_S)
     return {
         "mlflow": run.link,
         "run_folder": str(prepared.folder),

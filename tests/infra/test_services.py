@@ -38,11 +38,10 @@ def test_the_token_can_be_read_by_its_owner_alone(services):
 
 def test_dashboard_and_tracking_server_listen_on_loopback_only(services):
     ports = {int(service["url"].rsplit(":", 1)[1]) for service in services.values()}
-    listening = {
-        c.laddr for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port in ports
-    }
-    assert {address.port for address in listening} == ports
-    assert {address.ip for address in listening} <= {"127.0.0.1", "::1"}
+    listening = {tuple(c.laddr) for c in psutil.net_connections("tcp") if c.status == "LISTEN"}
+    ours = {(ip, port) for ip, port in listening if port in ports}
+    assert {port for _, port in ours} == ports
+    assert {ip for ip, _ in ours} <= {"127.0.0.1", "::1"}
 
 
 def test_stopping_ends_only_the_processes_that_were_started(tmp_path):
