@@ -4,6 +4,7 @@ import copy
 import difflib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -184,13 +185,40 @@ class SmolVLAConfig(PretrainedConfig):
     def action_dim(self) -> int:
         return self.output_features[ACTION]["shape"][0]
 
-    def with_features(self, input_features: dict[str, Feature], output_features: dict[str, Feature]) -> Self:
-        """A copy for a robot's cameras, state and action, checked."""
+    def with_features(
+        self,
+        input_features: dict[str, Feature],
+        output_features: dict[str, Feature],
+        *,
+        rename: Mapping[str, str] | None = None,
+    ) -> Self:
+        """A copy for a robot's cameras, state and action, checked.
+
+        With `rename`, {column of the data: column of this policy}, a trained policy is fitted to other
+        cameras: they take its names and its order, which is part of the weights. Its cameras that the data
+        lack are dropped, cameras that it does not know come last.
+
+        Raises:
+            ValueError: names the feature, or the column that `rename` maps wrongly.
+        """
+        if rename is not None:
+            input_features = self._renamed(input_features, rename)
         config = self.changed(
             input_features=copy.deepcopy(input_features), output_features=copy.deepcopy(output_features)
         )
         config.check_features()
         return config
+
+    def _renamed(self, features: dict[str, Feature], rename: Mapping[str, str]) -> dict[str, Feature]:
+        unknown = sorted(set(rename) - set(features))
+        if unknown:
+            raise ValueError(f"rename: the data have no column {unknown}; they have {sorted(features)}")
+        names = [rename.get(name, name) for name in features]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"rename: several columns become {doubled}")
+        renamed = dict(zip(names, features.values(), strict=True))
+        return {name: renamed[name] for name in self.input_features if name in renamed} | renamed
 
     def check_features(self) -> None:
         """Refuse features that this policy cannot be built for.

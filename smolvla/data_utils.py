@@ -3,7 +3,6 @@
 Shape letters: B batch, H chunk, A action width, T tasks, L tokens.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from .configuration import NORMALIZATION_MODES, Feature, SmolVLAConfig
+from .configuration import NORMALIZATION_MODES, Feature
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
@@ -146,64 +144,6 @@ def statistic(stats: Mapping[str, Any], name: str, which: str, feature: Feature,
 
 def nonzero(span: Any) -> Any:
     return span + (span == 0) * EPS
-
-
-def write_processors(folder: Path, config: SmolVLAConfig, stats: Mapping[str, Any]) -> None:
-    """LeRobot's pre- and post-processor of a policy, with the statistics of its dataset.
-
-    Raises:
-        ValueError: a feature lacks the statistics that its normalisation needs.
-    """
-    features = config.input_features | config.output_features
-    Normalizer(stats, features, config.normalization_mapping)  # refuse before anything is written
-    is_beside = (folder / config.vlm_model_name).is_dir()
-    tokenizer = {
-        "max_length": config.tokenizer_max_length,
-        "task_key": "task",
-        "padding_side": "right",
-        "padding": config.pad_language_to,
-        "truncation": True,
-        "tokenizer_name": config.vlm_model_name,
-    }
-    before: list[dict[str, Any]] = [
-        {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
-        {"registry_name": "to_batch_processor", "config": {}},
-        {"registry_name": "smolvla_new_line_processor", "config": {}},
-        {"registry_name": "tokenizer_processor", "config": tokenizer}
-        # an artifact is a folder beside the file; a hub id needs none
-        | ({"artifacts": {"tokenizer_name": config.vlm_model_name}} if is_beside else {}),
-        {
-            "registry_name": "device_processor",
-            "config": {"device": config.device or "cpu", "float_dtype": None},
-        },
-        normalization_step("normalizer_processor", features, config, "policy_preprocessor", step=5),
-    ]
-    after = [
-        normalization_step(
-            "unnormalizer_processor", config.output_features, config, "policy_postprocessor", step=0
-        ),
-        {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}},
-    ]
-    tensors = {
-        f"{name}.{which}": torch.tensor(np.atleast_1d(np.asarray(value, dtype=np.float32)))
-        for name, values in stats.items()
-        for which, value in values.items()
-    }
-    for name, steps in (("policy_preprocessor", before), ("policy_postprocessor", after)):
-        (folder / f"{name}.json").write_text(json.dumps({"name": name, "steps": steps}, indent=2) + "\n")
-        for step in steps:
-            if "state_file" in step:
-                save_file(tensors, folder / step["state_file"])
-
-
-def normalization_step(
-    registry_name: str, features: Mapping[str, Feature], config: SmolVLAConfig, file: str, *, step: int
-) -> dict[str, Any]:
-    return {
-        "registry_name": registry_name,
-        "config": {"eps": EPS, "features": dict(features), "norm_map": dict(config.normalization_mapping)},
-        "state_file": f"{file}_step_{step}_{registry_name}.safetensors",
-    }
 
 
 # ---- task text --------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ Shape letters: B batch, N cameras, P prefix tokens before the state, L language 
 A padded action width, S padded state width, D width of the VLM, E width of the expert.
 """
 
+import functools
 import shutil
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +30,15 @@ from .data_utils import (
     sample_noise,
     sample_time,
     sinusoidal_time,
-    write_processors,
 )
-from .smolvlm_with_expert import JointLayer, SmolVLMWithExpertModel
+from .normalization import has_statistics, without_buffers
+from .processing import IL_STUDIO, IL_STUDIO_IMAGE, TOKENS, TOKENS_MASK, SmolVLAProcessor
+from .real_time_chunking import Guidance
+from .smolvlm_with_expert import AttentionTables, JointLayer, KeysValues, SmolVLMWithExpertModel
 
-TOKENS = "observation.language.tokens"
-TOKENS_MASK = "observation.language.attention_mask"
+Memory: TypeAlias = tuple[AttentionTables, list[KeysValues | None]]
+"""An observation as the suffix sees it: tables, and the keys and values of every joint layer."""
+
 EMPTY_CAMERA = "observation.images.empty_camera_{}"
 VLM_FOLDER = "vlm"
 VLM_FILE_KINDS = (".json", ".txt", ".jinja", ".model")
@@ -119,7 +124,12 @@ class VLAFlowMatching(nn.Module):
         noise: Tensor,
         time: Tensor,
     ) -> Tensor:
-        """Elementwise squared error (B, H, A) of the predicted velocity; nothing is masked or cut."""
+        """Elementwise squared error (R, H, A) of the predicted velocity; nothing is masked or cut.
+
+        Noise (R, H, A) and time (R,) may have several rows for each of the B samples, R = B * k; these share
+        the computation of their observation.
+        """
+        actions = actions.repeat_interleave(len(noise) // len(actions), dim=0)
         x_t, u_t = flow_matching_pair(actions, noise, time)
         prefix, real = self.embed_prefix(images, img_masks, lang_tokens, lang_masks)
         suffix = self.vlm_with_expert(prefix, real, self.embed_state(state), self.embed_suffix(x_t, time))
@@ -134,18 +144,40 @@ class VLAFlowMatching(nn.Module):
         lang_masks: Tensor,
         state: Tensor,
         noise: Tensor,
+        guidance: Guidance | None = None,
     ) -> Tensor:
         """Integrate from noise (B, H, A) at time 1 to actions at time 0 in `num_steps` Euler steps."""
-        prefix, real = self.embed_prefix(images, img_masks, lang_tokens, lang_masks)
-        tables = self.vlm_with_expert.tables(real, num_suffix=noise.shape[1])
-        caches = self.vlm_with_expert.prefill(prefix, self.embed_state(state), tables)
+        memory = self.encode(images, img_masks, lang_tokens, lang_masks, state)
         dt = -1.0 / self.config.num_steps
         x_t = noise
         for step in range(self.config.num_steps):
-            time = torch.full(noise.shape[:1], 1.0 + step * dt, dtype=torch.float32, device=noise.device)
-            suffix = self.vlm_with_expert.denoise(self.embed_suffix(x_t, time), tables, caches)
-            x_t = x_t + dt * self._velocity(suffix)
+            now = 1.0 + step * dt
+            time = torch.full(noise.shape[:1], now, dtype=torch.float32, device=noise.device)
+            denoise = functools.partial(self.denoise, time=time, memory=memory)
+            x_t = x_t + dt * (denoise(x_t) if guidance is None else guidance.velocity(denoise, x_t, now))
         return x_t
+
+    def encode(
+        self,
+        images: Sequence[Tensor],
+        img_masks: Sequence[Tensor],
+        lang_tokens: Tensor,
+        lang_masks: Tensor,
+        state: Tensor,
+    ) -> Memory:
+        """What all denoising steps of a chunk attend to."""
+        prefix, real = self.embed_prefix(images, img_masks, lang_tokens, lang_masks)
+        tables = self.vlm_with_expert.tables(real, num_suffix=self.config.chunk_size)
+        return tables, self.vlm_with_expert.prefill(prefix, self.embed_state(state), tables)
+
+    def denoise(self, x_t: Tensor, time: Tensor, memory: Memory) -> Tensor:
+        """Velocity (B, H, A) at `x_t` (B, H, A) and `time` (B,)."""
+        return self._velocity(self.vlm_with_expert.denoise(self.embed_suffix(x_t, time), *memory))
+
+    def compile_sampling(self, mode: str) -> None:
+        """Compile what a chunk runs: the encoding of an observation, and the denoising step."""
+        self.encode = torch.compile(self.encode, mode=mode)
+        self.denoise = torch.compile(self.denoise, mode=mode)
 
     def _velocity(self, suffix: Tensor) -> Tensor:
         """In float32 whatever the layers computed in: the error of a step adds up over the sampler."""
@@ -182,20 +214,32 @@ class SmolVLAPolicy(nn.Module):
     Args:
         config: its features are checked here.
         vlm_folder: folder of the VLM's configuration and tokenizer, instead of `config.vlm_model_name`.
+        allow_random_vlm: accept frozen VLM parts with random weights, which no training would ever improve.
 
     Raises:
-        ValueError: features or sizes that no policy can be built for.
+        ValueError: features or sizes that no policy can be built for, or a random VLM that stays frozen.
         OSError: the VLM's files cannot be read.
     """
 
-    def __init__(self, config: SmolVLAConfig, vlm_folder: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        config: SmolVLAConfig,
+        vlm_folder: str | Path | None = None,
+        *,
+        allow_random_vlm: bool = False,
+    ) -> None:
         super().__init__()
         config.check_features()
+        if not (config.load_vlm_weights or allow_random_vlm):
+            refuse_frozen_random_vlm(config)
         self.config = config
         self.vlm_source = config.vlm_source() if vlm_folder is None else str(vlm_folder)
         self.model = VLAFlowMatching(config, self.vlm_source)
         self._check_image_box()
         self._float_images_checked = False
+        self._processor: SmolVLAProcessor | None = None
+        self._statistics_source: str | Path | None = None
+        self._queue: deque[Tensor] = deque()
         self.train()
 
     def _check_image_box(self) -> None:
@@ -239,6 +283,26 @@ class SmolVLAPolicy(nn.Module):
         in_layers = {parameter for layer in self.joint_layers for parameter in layer.parameters()}
         fully_shard(self, ignored_params=in_layers, **settings)
         register_fsdp_forward_method(self, "predict_action_chunk")
+
+    @property
+    def processor(self) -> SmolVLAProcessor:
+        """Normalises and tokenises raw observations, and brings actions back into their units.
+
+        Raises:
+            ValueError: the checkpoint that the policy came from has no statistics of its state and actions;
+                assign a processor with some.
+        """
+        if self._processor is None:
+            if self._statistics_source is None:
+                # only a mapping of identities gets by without statistics
+                self._processor = SmolVLAProcessor(self.config)
+            else:
+                self._processor = SmolVLAProcessor.from_pretrained(self._statistics_source, self.config)
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: SmolVLAProcessor) -> None:
+        self._processor = processor
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep no activations inside the joint layers; the frozen prefix is not computed again."""
@@ -365,29 +429,40 @@ class SmolVLAPolicy(nn.Module):
         is_pad: Tensor | None = None,
         noise: Tensor | None = None,
         time: Tensor | None = None,
+        *,
+        repeated_noise: int = 1,
     ) -> dict[str, Tensor]:
         """Flow-matching loss over real action entries.
 
-        `noise` (B, H, A) and `time` (B,) are drawn from torch's default generator when absent.
+        With `repeated_noise` k, every sample is trained on with k draws of noise and time, which share the
+        computation of its observation: k times the signal for little more than one draw's cost. Rows i * k to
+        i * k + k - 1 of `noise` (B * k, H, A) and `time` (B * k,) are sample i's; they are drawn from torch's
+        default generator when absent.
 
         Returns:
             loss: scalar, loss_sum / num_valid.
-            loss_sum, num_valid: for a mean over several micro-batches or workers.
+            loss_sum, num_valid: for a mean over several micro-batches or workers; entries count k times.
             per_sample_loss: (B,), every sample over its own valid entries.
         """
+        rows = len(actions) * repeated_noise
         if noise is None:
-            noise = sample_noise(actions.shape, device=actions.device)
+            noise = sample_noise((rows, *actions.shape[1:]), device=actions.device)
         if time is None:
-            time = sample_time(len(actions), device=actions.device)
+            time = sample_time(rows, device=actions.device)
+        if len(noise) != rows or len(time) != rows:
+            raise ValueError(
+                f"noise and time have {len(noise)} and {len(time)} rows; "
+                f"{len(actions)} samples with repeated_noise {repeated_noise} need {rows}"
+            )
         losses = self.model(images, img_masks, lang_tokens, lang_masks, state, actions, noise, time)
         losses = losses[..., : self.config.action_dim]
         valid = (
             torch.ones(losses.shape[:2], device=losses.device)
             if is_pad is None
-            else (~is_pad).to(losses.dtype)
+            else (~is_pad).to(losses.dtype).repeat_interleave(repeated_noise, dim=0)
         )
-        sums = (losses * valid[..., None]).sum(dim=(1, 2))
-        counts = valid.sum(dim=1) * losses.shape[-1]
+        sums = (losses * valid[..., None]).sum(dim=(1, 2)).unflatten(0, (-1, repeated_noise)).sum(dim=1)
+        counts = valid.sum(dim=1).unflatten(0, (-1, repeated_noise)).sum(dim=1) * losses.shape[-1]
         loss_sum, num_valid = sums.sum(), counts.sum()
         return {
             "loss": loss_sum / num_valid.clamp(min=1),
@@ -397,23 +472,108 @@ class SmolVLAPolicy(nn.Module):
         }
 
     @torch.no_grad()
-    def predict_action_chunk(self, batch: Mapping[str, Any], noise: Tensor | None = None) -> Tensor:
-        """Normalised actions (B, H, action_dim) for observations in LeRobot's columns."""
+    def predict_action_chunk(
+        self,
+        batch: Mapping[str, Any],
+        noise: Tensor | None = None,
+        *,
+        inference_delay: int = 0,
+        prev_chunk_left_over: Tensor | None = None,
+        execution_horizon: int | None = None,
+    ) -> Tensor:
+        """Normalised actions (B, H, action_dim) for observations in LeRobot's columns, normalised too.
+
+        With `prev_chunk_left_over` (B, up to H, action_dim), what an earlier call returned and the robot has
+        not executed yet, the chunk continues it: see `real_time_chunking` for that and the other two.
+        """
         inputs = self.prepare_inputs({name: column for name, column in batch.items() if name != ACTION})
         if noise is None:
             shape = (len(inputs["state"]), self.config.chunk_size, self.config.max_action_dim)
             noise = sample_noise(shape, device=self.device)
-        actions = self.model.sample_actions(**inputs, noise=noise.to(self.device))
+        guidance = None
+        if prev_chunk_left_over is not None:
+            left_over = prev_chunk_left_over.to(self.device)
+            guidance = Guidance.of(
+                decode_aloha_actions(left_over) if self.config.adapt_to_pi_aloha else left_over,
+                self.config.rtc_config,
+                inference_delay=inference_delay,
+                execution_horizon=execution_horizon,
+            )
+        actions = self.model.sample_actions(**inputs, noise=noise.to(self.device), guidance=guidance)
         actions = actions[..., : self.config.action_dim]
         return encode_aloha_actions(actions) if self.config.adapt_to_pi_aloha else actions
+
+    # ---- acting in an environment -------------------------------------------------------------------------
+
+    def predict_actions(
+        self,
+        obs: Mapping[str, Any],
+        noise: Tensor | None = None,
+        *,
+        inference_delay: int = 0,
+        prev_chunk_left_over: Tensor | None = None,
+        execution_horizon: int | None = None,
+    ) -> Tensor:
+        """Actions (B, H, action_dim) in the dataset's units for raw observations of B environments.
+
+        Observations are as `SmolVLAProcessor.observations` takes them; the left-over of real-time chunking is
+        in the dataset's units too.
+        """
+        processor = self.processor
+        if prev_chunk_left_over is not None:
+            prev_chunk_left_over = processor.normalizer.normalize(ACTION, prev_chunk_left_over)
+        actions = self.predict_action_chunk(
+            processor.observations(obs),
+            noise,
+            inference_delay=inference_delay,
+            prev_chunk_left_over=prev_chunk_left_over,
+            execution_horizon=execution_horizon,
+        )
+        return processor.unnormalize_actions(actions)
+
+    def select_action(self, obs: Mapping[str, Any], noise: Tensor | None = None) -> Tensor:
+        """What the environments should do now, in the dataset's units, given raw observations.
+
+        For LeRobot's columns it is one action (B, action_dim). A new chunk is predicted when `n_action_steps`
+        of the last one were handed out; until then observations are not looked at. For IL-Studio's columns
+        (`image`, `state`, `raw_lang`) it is the whole chunk (B, H, action_dim), whose queue IL-Studio keeps.
+
+        Raises:
+            ValueError: the number of environments changed without `reset`.
+        """
+        if not {IL_STUDIO_IMAGE, *IL_STUDIO}.isdisjoint(obs):
+            return self.predict_actions(obs, noise)
+        if not self._queue:
+            chunk = self.predict_actions(obs, noise)
+            self._queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
+        if STATE in obs and len(obs[STATE]) != len(self._queue[0]):
+            raise ValueError(
+                f"{len(obs[STATE])} environments, but the actions in the queue are of {len(self._queue[0])}; "
+                "call reset() between episodes"
+            )
+        return self._queue.popleft()
+
+    def reset(self) -> None:
+        """Forget the actions of an episode that has ended."""
+        self._queue.clear()
+
+    def compile_sampling(self, mode: str | None = None) -> None:
+        """Compile prediction (training stays as it is); `mode` is torch.compile's, else `compile_mode`.
+
+        The first chunk of every batch size pays for it.
+        """
+        self.model.compile_sampling(mode or self.config.compile_mode)
 
     # ---- checkpoints --------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, config: SmolVLAConfig | None = None) -> Self:
+    def from_pretrained(
+        cls, folder: str | Path, config: SmolVLAConfig | None = None, *, compile: bool = False
+    ) -> Self:
         """Load a LeRobot checkpoint: a folder, or a hub id.
 
-        Weights become float32 whatever the file holds. `config` replaces the folder's own.
+        Weights become float32 whatever the file holds. `config` replaces the folder's own. Statistics are
+        read when `processor` is first needed. `compile` compiles prediction, see `compile_sampling`.
 
         Raises:
             ValueError: tensors are missing, unexpected or misshapen; all of them are named.
@@ -421,14 +581,22 @@ class SmolVLAPolicy(nn.Module):
         config = config or SmolVLAConfig.from_pretrained(folder)
         path = checkpoint_file(folder, "model.safetensors")
         with torch.device("meta"):
-            policy = cls(config.changed(load_vlm_weights=False))
+            policy = cls(
+                config.changed(load_vlm_weights=False), allow_random_vlm=True
+            )  # until the next lines
         policy.config = policy.model.config = config
-        tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in load_file(path).items()}
+        tensors = {
+            name.replace("_orig_mod.", ""): tensor
+            for name, tensor in without_buffers(load_file(path)).items()
+        }
         refuse_misfits(path, policy.state_dict(), tensors)
         # copy: the file's tensors are mapped memory, which must not change when the file does.
         policy.load_state_dict(
             {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True
         )
+        policy._statistics_source = folder if has_statistics(folder) else None
+        if compile:
+            policy.compile_sampling()
         return policy
 
     def save_pretrained(
@@ -445,7 +613,8 @@ class SmolVLAPolicy(nn.Module):
 
         Args:
             folder: created when missing; files of the same name are replaced.
-            stats: statistics as in `meta/stats.json`; with them the normalisation files are written too.
+            stats: statistics as in `meta/stats.json`, for the normalisation files. Without, those of the
+                policy's processor are written, if it has one or its checkpoint had statistics.
             state_dict: gathered tensors of a sharded policy, instead of its own.
         """
         folder = Path(folder)
@@ -455,8 +624,9 @@ class SmolVLAPolicy(nn.Module):
             copy_vlm_files(Path(self.vlm_source), folder / VLM_FOLDER)
             # LeRobot would look for the VLM's weights there; the checkpoint holds them already.
             config = config.changed(vlm_model_name=VLM_FOLDER, load_vlm_weights=False)
-        if stats is not None:
-            write_processors(folder, config, stats)
+        processor = self._exported_processor(stats)
+        if processor is not None:
+            processor.save_pretrained(folder, config)
         tensors = {
             name: tensor.detach().contiguous().cpu()
             for name, tensor in (state_dict or self.state_dict()).items()
@@ -464,6 +634,21 @@ class SmolVLAPolicy(nn.Module):
         refuse_misfits(folder, self.state_dict(), tensors)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
+
+    def _exported_processor(self, stats: Mapping[str, Any] | None) -> SmolVLAProcessor | None:
+        if stats is not None:
+            rename = self._processor.files.rename if self._processor is not None else None
+            return SmolVLAProcessor(self.config, stats, rename=rename)
+        return self.processor if self._processor or self._statistics_source else None
+
+
+def refuse_frozen_random_vlm(config: SmolVLAConfig) -> None:
+    frozen = [name for name in ("train_expert_only", "freeze_vision_encoder") if getattr(config, name)]
+    if frozen:
+        raise ValueError(
+            f"load_vlm_weights is false and {' and '.join(frozen)} true: the VLM would keep random weights; "
+            "start from a checkpoint, set load_vlm_weights, or accept it with allow_random_vlm=True"
+        )
 
 
 def padded(name: str, vectors: Tensor, width: int) -> Tensor:

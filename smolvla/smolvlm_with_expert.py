@@ -4,7 +4,8 @@ Shape letters: B batch, P prefix tokens before the state (images and language), 
 L any tokens, D width of the VLM, E width of the expert, Q query heads, K key heads, C head size.
 
 Three streams go through every layer. The *prefix* (B, P, D) attends to itself only. The *state* token
-(B, 1, D) attends to the prefix and itself. The *suffix* (B, H, E) attends to both and to its own past. So
+(B, 1, D) attends to the prefix and itself. The *suffix* (R, H, E) attends to both and to its own past; R is
+B, or a multiple of it when several noise draws share a prefix. So
 with a frozen VLM the prefix depends on no trained parameter, and autograd, which sees it as a tensor of its
 own, keeps nothing of it.
 """
@@ -51,28 +52,37 @@ class AttentionTables:
     prefix_mask: Tensor
     """(B, 1, 1, P): images and language see every real image and language token."""
     memory_mask: Tensor
-    """(B, 1, 1, P + 1): the state token and cross-attending actions see these and the state."""
+    """(B, 1, 1, P + 1): the state token sees these and itself."""
+    cross_mask: Tensor
+    """(R, 1, 1, P + 1): cross-attending actions see the same; R = B times the suffixes per prefix."""
     suffix_mask: Tensor
-    """(B, 1, H * Q/K, P + 1 + H): self-attending actions see the memory and their past. See `attention`."""
+    """(R, 1, H * Q/K, P + 1 + H): self-attending actions see the memory and their past. See `attention`."""
 
     @classmethod
-    def build(cls, real: Tensor, *, num_suffix: int, head_dim: int, queries_per_key: int) -> Self:
-        """Tables for prefix tokens, `real` (B, P) or not, one state token and `num_suffix` actions."""
+    def build(
+        cls, real: Tensor, *, num_suffix: int, head_dim: int, queries_per_key: int, repeats: int = 1
+    ) -> Self:
+        """Tables for prefix tokens, `real` (B, P) or not, one state token and `num_suffix` actions.
+
+        Every prefix has `repeats` suffixes, which lie one after another along their batch axis.
+        """
         batch, device = len(real), real.device
         num_real = real.sum(dim=1, keepdim=True)  # (B, 1)
-        steps = torch.arange(num_suffix, device=device).expand(batch, -1)
+        steps = torch.arange(num_suffix, device=device).expand(batch * repeats, -1)
         memory = torch.cat((real, real.new_ones(batch, 1)), dim=1)[:, None, None]  # (B, 1, 1, P + 1)
+        cross = memory.repeat_interleave(repeats, dim=0)
         causal = real.new_ones(num_suffix, num_suffix).tril()
         suffix_mask = torch.cat(
-            (memory.expand(-1, -1, num_suffix, -1), causal.expand(batch, 1, -1, -1)), dim=-1
+            (cross.expand(-1, -1, num_suffix, -1), causal.expand(batch * repeats, 1, -1, -1)), dim=-1
         ).repeat_interleave(queries_per_key, dim=2)
         return cls(
             prefix_rotary=rotary(real.cumsum(dim=1) - 1, head_dim),
             state_rotary=rotary(num_real, head_dim),
-            suffix_rotary=rotary(num_real + 1 + steps, head_dim),
+            suffix_rotary=rotary(num_real.repeat_interleave(repeats, dim=0) + 1 + steps, head_dim),
             cross_rotary=rotary(steps, head_dim),
             prefix_mask=(real | ~real.any(dim=1, keepdim=True))[:, None, None],
             memory_mask=memory,
+            cross_mask=cross,
             suffix_mask=suffix_mask,
         )
 
@@ -216,7 +226,10 @@ class JointLayer(nn.Module):
         normed = layer.input_layernorm(suffix)
         table = tables.cross_rotary if self.cross_attends else tables.suffix_rotary
         queries = rotate(heads(layer.self_attn.q_proj, normed, self.head_dim), table)
-        mask = tables.memory_mask
+        repeats = len(suffix) // len(keys)
+        if repeats > 1:
+            keys, values = keys.repeat_interleave(repeats, dim=0), values.repeat_interleave(repeats, dim=0)
+        mask = tables.cross_mask
         if not self.cross_attends:
             own_keys, own_values = self._keys_values(layer, normed, table)
             keys, values = torch.cat((keys, own_keys), dim=1), torch.cat((values, own_values), dim=1)
@@ -356,11 +369,12 @@ class SmolVLMWithExpertModel(nn.Module):
         return self.vlm.model.text_model.embed_tokens(tokens)
 
     def forward(self, prefix: Tensor, real: Tensor, state: Tensor, suffix: Tensor) -> Tensor:
-        """The suffix (B, H, E) after all layers and the expert's final norm.
+        """The suffix (R, H, E) after all layers and the expert's final norm.
 
-        Given prefix (B, P, D), which of it is `real` (B, P), and the state token (B, 1, D).
+        Given prefix (B, P, D), which of it is `real` (B, P), and the state token (B, 1, D). R may be a
+        multiple of B: then several suffixes, one after another, share each prefix.
         """
-        tables = self.tables(real, num_suffix=suffix.shape[1])
+        tables = self.tables(real, num_suffix=suffix.shape[1], repeats=len(suffix) // len(prefix))
         for layer in self.joint_layers:
             prefix, state, suffix, _ = layer(prefix, state, suffix, tables)
         return self.lm_expert.norm(suffix)
@@ -380,9 +394,13 @@ class SmolVLMWithExpertModel(nn.Module):
                 _, _, suffix, _ = layer(None, None, suffix, tables, cache)
         return self.lm_expert.norm(suffix)
 
-    def tables(self, real: Tensor, *, num_suffix: int) -> AttentionTables:
+    def tables(self, real: Tensor, *, num_suffix: int, repeats: int = 1) -> AttentionTables:
         return AttentionTables.build(
-            real, num_suffix=num_suffix, head_dim=self.head_dim, queries_per_key=self.queries_per_key
+            real,
+            num_suffix=num_suffix,
+            head_dim=self.head_dim,
+            queries_per_key=self.queries_per_key,
+            repeats=repeats,
         )
 
 

@@ -65,7 +65,7 @@ def new_run(folder, toy, **changes):
         num_frames=dataset.num_frames,
         writer=FileWriter(folder / "points.jsonl"),
     )
-    SmolVLAPolicy(config).save_pretrained(run.start_folder, stats=dataset.stats)
+    SmolVLAPolicy(config, allow_random_vlm=True).save_pretrained(run.start_folder, stats=dataset.stats)
     return run
 
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_holds_the_values_of_the_moment_it_was_begun(toy, tmp_path)
 
     dataset, config, _ = toy
     torch.manual_seed(0)
-    policy = SmolVLAPolicy(config)
+    policy = SmolVLAPolicy(config, allow_random_vlm=True)
     optimizer = adamw(policy, config)
     for parameter in policy.parameters():
         if parameter.requires_grad:

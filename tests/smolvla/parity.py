@@ -87,7 +87,7 @@ def config(*, cameras=("left", "right"), state_dim=5, action_dim=4, **values):
 def random_policy(settings, seed=0):
     """Every parameter matters: none keeps the zeros and ones that it is born with."""
     torch.manual_seed(seed)
-    policy = SmolVLAPolicy(settings)
+    policy = SmolVLAPolicy(settings, allow_random_vlm=True)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

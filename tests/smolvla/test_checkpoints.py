@@ -113,7 +113,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
 def test_a_hub_id_out_of_reach_is_a_clear_error(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(OSError, match=r"nobody/nothing.*vlm_model_name"):
-        SmolVLAPolicy(config(vlm_model_name="nobody/nothing"))
+        SmolVLAPolicy(config(vlm_model_name="nobody/nothing"), allow_random_vlm=True)
 
 
 def test_vlm_weights_come_from_the_vlm_folder(tmp_path):
@@ -213,3 +213,18 @@ def test_the_tiny_tokenizer_has_the_real_special_tokens():
     assert tokenizer.image_token == "<image>"
     text = "Grüße, pick up the red cube <image>\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({}, "train_expert_only and freeze_vision_encoder true"),
+        ({"train_expert_only": False}, "freeze_vision_encoder true"),
+        ({"freeze_vision_encoder": False}, "train_expert_only true"),
+    ],
+)
+def test_a_frozen_vlm_with_random_weights_is_refused_unless_it_is_asked_for(values, named):
+    with pytest.raises(ValueError, match=f"{named}: the VLM would keep random weights"):
+        SmolVLAPolicy(config(**values))
+    SmolVLAPolicy(config(**values), allow_random_vlm=True)
+    SmolVLAPolicy(config(train_expert_only=False, freeze_vision_encoder=False))

@@ -129,7 +129,7 @@ def published(tmp_path):
         num_expert_layers=0,
     )
     with torch.device("meta"):
-        return SmolVLAPolicy(config, vlm_folder=tmp_path)
+        return SmolVLAPolicy(config, vlm_folder=tmp_path, allow_random_vlm=True)
 
 
 def test_the_published_size_has_lerobots_500_names_and_shapes(published):
