@@ -66,6 +66,12 @@ def check_reachable(uri: str) -> None:
         ) from None
 
 
+def client_of(uri: str) -> MlflowClient:
+    """A client that gives up soon."""
+    os.environ.update(CLIENT_ENVIRONMENT)
+    return MlflowClient(uri)
+
+
 @dataclass(frozen=True)
 class TrackedRun:
     """An MLflow run, by name of its server."""
@@ -83,8 +89,7 @@ class TrackedRun:
 
     @property
     def client(self) -> MlflowClient:
-        os.environ.update(CLIENT_ENVIRONMENT)
-        return MlflowClient(self.uri)
+        return client_of(self.uri)
 
     def finish(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED."""
@@ -100,8 +105,7 @@ def start_run(
     tags: Mapping[str, str],
 ) -> TrackedRun:
     """Create a run. `params` should be few and short: the UI prints all of them on every image card."""
-    os.environ.update(CLIENT_ENVIRONMENT)
-    client = MlflowClient(uri)
+    client = client_of(uri)
     found = client.get_experiment_by_name(experiment)
     experiment_id = found.experiment_id if found else client.create_experiment(experiment)
     run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
@@ -111,8 +115,7 @@ def start_run(
 
 def continue_run(uri: str, run_id: str, *, resumed_from_step: int, tags: Mapping[str, str]) -> TrackedRun:
     """Set a run that was interrupted to RUNNING again."""
-    os.environ.update(CLIENT_ENVIRONMENT)
-    client = MlflowClient(uri)
+    client = client_of(uri)
     try:
         run = client.get_run(run_id)
     except MlflowException as error:

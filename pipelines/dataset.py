@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
 
-CAMERA_PREFIX = "observation.images."
 ROW_COLUMNS = (
     "timestamp",
     "frame_index",

@@ -30,8 +30,11 @@ def encoded_image(image: np.ndarray, *, image_format: str, jpeg_quality: int) ->
     return data.tobytes()
 
 
-def decoded_image(data: bytes) -> np.ndarray:
-    """Return the pixels (H, W, 3) that a reader of a stored image sees."""
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    assert image is not None
-    return image
+def decoded_image(data: bytes | None) -> np.ndarray | None:
+    """Return the pixels (H, W, 3) that a reader of a stored image sees; None if there is no image in it.
+
+    OpenCV decodes bit for bit what PIL and torchvision decode.
+    """
+    if not data:
+        return None
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)

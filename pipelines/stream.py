@@ -29,7 +29,7 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 from ray.data.datasource import ReadTask
 
 from pipelines.dataset import EpisodeDataset, RowGroups
-from pipelines.images import fitted_size, shrunk
+from pipelines.images import decoded_image, fitted_size, shrunk
 from pipelines.plan import Plan, Rows
 from smolvla.data_utils import Normalizer
 
@@ -246,12 +246,7 @@ class SampleReader:
         arithmetic by rounding to whole levels.
         """
         height, width = self.sources[0].dataset.image_size(camera)
-        # cv2 decodes bit for bit what PIL and torchvision decode, and reads the size from the header first.
-        image = (
-            cv2.imdecode(np.frombuffer(encoded or b"", dtype=np.uint8), cv2.IMREAD_COLOR_RGB)
-            if encoded
-            else None
-        )
+        image = decoded_image(encoded)
         if image is None or image.shape[:2] != (height, width):
             source = self.sources[batch["source"][row].as_py()].dataset.uri
             where = (

@@ -400,7 +400,9 @@ class CameraEncoder:
         encoded = encoded_image(
             image, image_format=self.options.image_format, jpeg_quality=self.options.jpeg_quality
         )
-        self.histogram += statistics.pixel_histogram(decoded_image(encoded))  # of what a reader will see
+        pixels = decoded_image(encoded)  # what a reader will see
+        assert pixels is not None
+        self.histogram += statistics.pixel_histogram(pixels)
         self.digest.update(len(encoded).to_bytes(8, "little"))
         self.digest.update(encoded)
         return encoded
