@@ -2,8 +2,8 @@
 
 python benchmarks/inference.py [--quick] [--compile]
 
-The last line is one JSON object. Times are the fastest of several repetitions; the denoising steps
-are measured with the observation encoded, the chunk from prepared inputs to actions.
+The last line is one JSON object. Times are the fastest of several alternating repetitions; the denoising
+steps are measured with the observation encoded, the chunk from prepared inputs to actions.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def measure(policy: SmolVLAPolicy, plain: PlainModel, inputs: Any, *, repetition
         "plain_chunk_latency_s": lambda: plain.denoise(noise, plain.encode(batch)),
     }
     torch.testing.assert_close(runs["denoise_s"](), runs["plain_denoise_s"](), rtol=1e-3, atol=1e-3)
-    seconds = {name: fastest(run, repetitions) for name, run in runs.items()}
+    seconds = fastest(runs, repetitions)
     speedup = seconds["plain_denoise_s"] / seconds["denoise_s"]
     chunk = seconds["plain_chunk_latency_s"] / seconds["chunk_latency_s"]
     return {"denoise_speedup": speedup, "chunk_speedup": chunk, **seconds}
@@ -70,15 +70,15 @@ def steps(policy: SmolVLAPolicy, noise: torch.Tensor, memory: Any) -> torch.Tens
     return x_t
 
 
-def fastest(run: Callable[[], Any], repetitions: int) -> float:
-    """Seconds, after one run that is not counted."""
-    run()
-    seconds = []
-    for _ in range(repetitions):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+def fastest(runs: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
+    """Seconds of the fastest repetition of each, after one that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repetitions + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: min(values[1:]) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from pipelines.training import Cluster, Run, TrainConfig
 from smolvla.configuration import SmolVLAConfig
 from smolvla.data_utils import Normalizer, tokenize_tasks
 from smolvla.modeling import SmolVLAPolicy
+from smolvla.processing import SmolVLAProcessor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,8 @@ class TrainJob:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
+    rename: dict[str, str] = field(default_factory=dict)
+    """Camera of the dataset -> camera of the policy, where names differ; JSON on the command line."""
     run_name: str = ""
     """Name of the run and of its folder; the same name continues the same run. Empty: <policy>-<dataset>."""
     storage_path: str = "~/smolvla_runs"
@@ -107,6 +110,8 @@ class TrainJob:
     """Samples a step, over all workers."""
     micro_batch: int = 8
     """Samples a worker takes through the model at once."""
+    repeated_noise: int = 1
+    """Draws of noise and time a sample; they share the computation of its observation."""
     mixing_rows: int = 1024
     """Rows shuffled together."""
     seed: int = 1000
@@ -123,7 +128,7 @@ class TrainJob:
     """Whether workers write the ids of the rows they trained on to <run>/rows/."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch", "num_workers", "log_every"):
+        for name in ("steps", "batch_size", "micro_batch", "repeated_noise", "num_workers", "log_every"):
             at_least_one(name, getattr(self, name))
         for name in ("every", "keep"):
             at_least_one(f"checkpoint.{name}", getattr(self.checkpoint, name))
@@ -178,7 +183,7 @@ def prepare(job: TrainJob) -> Prepared:
     stream = StreamConfig(seed=job.seed, micro_batch=job.micro_batch, mixing_rows=job.mixing_rows)
     train = _train_config(job)
     reader = SampleReader(
-        [_source(dataset, policy_config)],
+        [_source(job, dataset, policy_config)],
         stream,
         chunk_size=policy_config.chunk_size,
         image_box=policy_config.resize_imgs_with_padding,
@@ -188,6 +193,7 @@ def prepare(job: TrainJob) -> Prepared:
         "mixing_rows": job.mixing_rows,
         "dataset_fingerprint": dataset.fingerprint,
         "policy_path": job.policy.path,
+        "rename": job.rename,
         "policy": policy_config.to_dict(),
     }
     folder = _run_folder(job)
@@ -240,16 +246,26 @@ def _policy_config(job: TrainJob, dataset: EpisodeDataset) -> SmolVLAConfig:
             "--policy.allow_random_weights true accepts that"
         )
     config = SmolVLAConfig.from_pretrained(path)
-    inputs, outputs = dataset.policy_features()
-    known = config.camera_names if config.input_features else []
-    if known and sorted(known) != sorted(dataset.camera_names):
-        raise ValueError(f"policy.path {path}: cameras {known}, the dataset has {dataset.camera_names}")
-    ordered = {
-        name: inputs[name] for name in known
-    } | inputs  # the policy's camera order is part of its weights
+    _check_cameras(job, config, dataset)
     chosen = {field: getattr(job.optimizer, flag) for flag, field in OPTIMIZER_FIELDS.items()}
     chosen = {field: value for field, value in chosen.items() if value is not None}
-    return config.with_features(ordered, outputs).changed(**chosen)
+    return config.with_features(*dataset.policy_features(), rename=job.rename).changed(**chosen)
+
+
+def _check_cameras(job: TrainJob, config: SmolVLAConfig, dataset: EpisodeDataset) -> None:
+    """Refuse names that look like another robot's. Fewer or more cameras are what fine-tuning is for."""
+    known = set(config.camera_names)
+    for name, target in job.rename.items():
+        if name not in dataset.camera_names:
+            raise ValueError(f"rename: {name!r} is no camera of the dataset, it has {dataset.camera_names}")
+        if known and target not in known:
+            raise ValueError(f"rename: {target!r} is no camera of the policy, it has {sorted(known)}")
+    found = {job.rename.get(name, name) for name in dataset.camera_names}
+    if known and not job.rename and not (found <= known or found >= known):
+        raise ValueError(
+            f"policy.path {job.policy.path}: it knows the cameras {sorted(known)}, the dataset has "
+            f"{sorted(found)}; say with --rename which is which"
+        )
 
 
 @contextlib.contextmanager
@@ -262,7 +278,7 @@ def readable_vlm(config: SmolVLAConfig) -> Iterator[None]:
         raise ValueError(f"vlm_model_name {config.vlm_model_name!r} of the policy: {reason}") from None
 
 
-def _source(dataset: EpisodeDataset, config: SmolVLAConfig) -> Source:
+def _source(job: TrainJob, dataset: EpisodeDataset, config: SmolVLAConfig) -> Source:
     features = config.input_features | config.output_features
     normalizer = Normalizer(dataset.stats, features, config.normalization_mapping)
     with readable_vlm(config):
@@ -272,7 +288,7 @@ def _source(dataset: EpisodeDataset, config: SmolVLAConfig) -> Source:
             max_length=config.tokenizer_max_length,
             padding=config.pad_language_to,
         )
-    return Source(dataset, normalizer, np.asarray(tokens), np.asarray(mask))
+    return Source(dataset, normalizer, np.asarray(tokens), np.asarray(mask), rename=job.rename)
 
 
 def _train_config(job: TrainJob) -> TrainConfig:
@@ -286,6 +302,7 @@ def _train_config(job: TrainJob) -> TrainConfig:
         log_every=job.log_every,
         checkpoint_every=job.checkpoint.every,
         record_rows=job.record_rows,
+        repeated_noise=job.repeated_noise,
     )
 
 
@@ -326,7 +343,9 @@ def write_start(prepared: Prepared, job: TrainJob) -> None:
             policy = SmolVLAPolicy.from_pretrained(job.policy.path, config=config)
         else:
             policy = SmolVLAPolicy(config, allow_random_vlm=True)  # the flag above says so
-    policy.save_pretrained(partial, stats=prepared.dataset.stats)
+    stats = {job.rename.get(name, name): values for name, values in prepared.dataset.stats.items()}
+    policy.processor = SmolVLAProcessor(config, stats, rename=job.rename)
+    policy.save_pretrained(partial)
     partial.rename(start)
 
 
@@ -360,6 +379,7 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
         "dataset_fingerprint": dataset.fingerprint,
         "steps": job.steps,
         "batch_size": job.batch_size,
+        "repeated_noise": job.repeated_noise,
         "micro_batch": job.micro_batch,
         "num_workers": job.num_workers,
         "lr": prepared.policy_config.optimizer_lr,
@@ -485,7 +505,6 @@ def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, *, at_ste
         folder=prepared.folder,
         train=prepared.train,
         identity=prepared.identity,
-        stats=prepared.dataset.stats,
         num_frames=prepared.dataset.num_frames,
         writer=writer,
     )

@@ -89,7 +89,6 @@ def save(
     *,
     at: Progress,
     identity: Mapping[str, Any],
-    stats: Mapping[str, Any],
     group: dist.ProcessGroup,
 ) -> Callable[[], None]:
     """Start saving; every rank calls it. The returned function finishes it and may run in another thread.
@@ -98,11 +97,10 @@ def save(
 
     Args:
         folder: the checkpoint's folder; what an interrupted save left there is removed.
-        policy: without a wrapper; its parameters may be sharded by FSDP2.
+        policy: without a wrapper; its parameters may be sharded by FSDP2. Its processor is saved with it.
         optimizer: over the policy's trainable parameters.
         at: steps and samples done.
         identity: what the run is, written beside the position.
-        stats: normalisation statistics of the dataset, for the exported processors.
         group: a gloo group of all ranks, used by nothing else.
     """
     rank = dist.get_rank()
@@ -120,7 +118,7 @@ def save(
         written.result()  # on rank 0 this waits for every rank's shards
         if rank != 0:
             return
-        policy.save_pretrained(folder / PRETRAINED, stats=stats, state_dict=weights)
+        policy.save_pretrained(folder / PRETRAINED, state_dict=weights)
         trainer = asdict(at) | {"identity": identity}
         (folder / TRAINING / "trainer.json").write_text(json.dumps(trainer, indent=1))
         write_manifest(folder)
@@ -139,9 +137,9 @@ def load(folder: Path, policy: "SmolVLAPolicy", optimizer: AdamW) -> Progress:
     dcp.load(state, storage_reader=HuggingFaceStorageReader(path=str(folder / TRAINING)))
     at = progress(folder)
     for parameter in _trainable(policy).values():
-        optimizer.state[parameter]["step"] = torch.tensor(
-            float(at.step)
-        )  # where AdamW's default keeps it: the CPU
+        # the fused kernel reads the count where the parameter is, the others on the CPU
+        device = parameter.device if optimizer.defaults["fused"] else "cpu"
+        optimizer.state[parameter]["step"] = torch.tensor(float(at.step), device=device)
     return at
 
 

@@ -12,8 +12,8 @@ Shape letters: b micro-batch, H chunk, A action width, S state width, L tokens, 
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import cv2
@@ -75,6 +75,18 @@ class Source:
     """(tasks, L): True where a token is real."""
     weight: float | None = None
     """Share of the mixture; None for all: each its number of frames."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """Camera column of the dataset -> camera of the policy; others keep their names."""
+
+    @property
+    def camera_columns(self) -> dict[str, str]:
+        """Camera of the policy -> column of the dataset."""
+        return {self.rename.get(name, name): name for name in self.dataset.camera_names}
+
+    def policy_features(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(input_features, output_features) under the policy's names."""
+        inputs, outputs = self.dataset.policy_features()
+        return {self.rename.get(name, name): feature for name, feature in inputs.items()}, outputs
 
 
 @dataclass(frozen=True)
@@ -89,13 +101,11 @@ class SampleReader:
     """(width, height) in pixels; larger images are shrunk to fit inside. None: they stay as they are."""
 
     def __post_init__(self) -> None:
-        first = self.sources[0].dataset
-        for source in self.sources[1:]:
-            other = source.dataset
+        first = self.sources[0]
+        for other in self.sources[1:]:
             if other.policy_features() != first.policy_features():
-                raise ValueError(
-                    f"{other.uri} and {first.uri} differ in cameras, image sizes, state or action"
-                )
+                uris = f"{other.dataset.uri} and {first.dataset.uri}"
+                raise ValueError(f"{uris} differ in cameras, image sizes, state or action")
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -119,8 +129,8 @@ class SampleReader:
 
     @property
     def camera_names(self) -> list[str]:
-        """Image columns, in declared order."""
-        return self.sources[0].dataset.camera_names
+        """Cameras under the policy's names, in the first dataset's order."""
+        return list(self.sources[0].camera_columns)
 
     def encoded(self, group: int, *, first: int = 0) -> Iterator[pa.Table]:
         """The micro-batches of a mixing group from its `first` one on, images still compressed."""
@@ -157,8 +167,8 @@ class SampleReader:
             int(groups.first_frame[unit]),
             int(groups.rows[unit]),
         )
-        file = self._file(source, int(groups.file[unit]))
-        columns = ["observation.state", "episode_index", "frame_index", "task_index", *self.camera_names]
+        file, cameras = self._file(source, int(groups.file[unit])), self.sources[source].camera_columns
+        columns = ["observation.state", "episode_index", "frame_index", "task_index", *cameras.values()]
         table = _slice(file.read_row_group(int(groups.group[unit]), columns=columns), groups, unit)
         expected = (int(dataset.episode_index[episode]), first_frame, first_frame + rows - 1)
         found = (
@@ -181,9 +191,10 @@ class SampleReader:
             flat = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values[0].size)
             table = table.drop_columns(name) if name in table.column_names else table
             table = table.append_column(name, flat)
-        for camera in self.camera_names:
-            encoded = table[camera].combine_chunks().field("bytes").cast(pa.large_binary())
-            table = table.drop_columns(camera).append_column(camera, encoded)
+        images = {name: table[column].combine_chunks().field("bytes") for name, column in cameras.items()}
+        table = table.drop_columns(list(cameras.values()))  # all of them first: names may be swapped
+        for name, encoded in images.items():
+            table = table.append_column(name, encoded.cast(pa.large_binary()))
         return table
 
     def _actions(
@@ -234,10 +245,14 @@ class SampleReader:
 
     def image_size(self, camera: str) -> tuple[int, int]:
         """(h, w) of a camera's images as the stream hands them on: shrunk to fit the box, never enlarged."""
-        height, width = self.sources[0].dataset.image_size(camera)
+        height, width = self._stored_size(camera)
         if self.image_box is None:
             return height, width
         return fitted_size(height, width, box=(self.image_box[0], self.image_box[1]))
+
+    def _stored_size(self, camera: str) -> tuple[int, int]:
+        first = self.sources[0]
+        return first.dataset.image_size(first.camera_columns[camera])
 
     def _image(self, encoded: bytes | None, *, camera: str, batch: pa.Table, row: int) -> NDArray[np.uint8]:
         """One decoded image (h, w, 3) RGB.
@@ -245,12 +260,13 @@ class SampleReader:
         Shrinking is bilinear without antialiasing, as in the reference; it differs from the reference's float
         arithmetic by rounding to whole levels.
         """
-        height, width = self.sources[0].dataset.image_size(camera)
+        height, width = self._stored_size(camera)
         image = decoded_image(encoded)
         if image is None or image.shape[:2] != (height, width):
-            source = self.sources[batch["source"][row].as_py()].dataset.uri
+            source = self.sources[batch["source"][row].as_py()]
             where = (
-                f"{source}: episode {batch['episode_index'][row]} frame {batch['frame_index'][row]}: {camera}"
+                f"{source.dataset.uri}: episode {batch['episode_index'][row]} "
+                f"frame {batch['frame_index'][row]}: {source.camera_columns[camera]}"
             )
             found = "cannot be decoded" if image is None else f"is {image.shape[0]} x {image.shape[1]} pixels"
             raise ValueError(f"{where}: the image {found}, info.json declares {height} x {width}")

@@ -78,6 +78,8 @@ class TrainConfig:
     """Steps."""
     record_rows: bool
     """Whether every worker writes the ids of the rows it trained on to <run>/rows/."""
+    repeated_noise: int = 1
+    """Draws of noise and time for each sample; they share the computation of its observation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +91,13 @@ class Run:
     train: TrainConfig
     identity: Mapping[str, Any]
     """What the run is, written into each checkpoint."""
-    stats: Mapping[str, Any]
-    """Normalisation statistics, exported with the policy."""
     num_frames: int
     """Rows of an epoch."""
     writer: MetricWriter
 
     @property
     def start_folder(self) -> Path:
-        """The policy as it was before the first step."""
+        """The policy as it was before the first step, with the statistics that are exported with it."""
         return self.folder / "start"
 
 
@@ -240,11 +240,14 @@ def _restored(
     # Here and not above: Ray's controller and data actors import this module too, and have no use for the
     # model.
     from smolvla.modeling import SmolVLAPolicy
+    from smolvla.processing import SmolVLAProcessor
 
     step, rest = divmod(samples_seen, run.train.batch_size)
     assert rest == 0, f"the stream starts at sample {samples_seen}, inside a step of {run.train.batch_size}"
     folder = run.folder / checkpoint.folder_name(step)
-    policy = SmolVLAPolicy.from_pretrained(folder / checkpoint.PRETRAINED if step else run.start_folder)
+    source = folder / checkpoint.PRETRAINED if step else run.start_folder
+    policy = SmolVLAPolicy.from_pretrained(source)
+    policy.processor = SmolVLAProcessor.from_pretrained(source, policy.config)  # before retention deletes it
     policy.to(device).train()
     optimizer = adamw(policy, policy.config)
     at = checkpoint.load(folder, policy, optimizer) if step else Progress(step=0, samples_seen=0)
@@ -271,13 +274,15 @@ def _accumulate(
         generator = torch.Generator().manual_seed(
             noise_seed(train.seed, index)
         )  # on the CPU: the same on any device
-        noise = sample_noise(tuple(inputs["actions"].shape), generator).to(stream.device, non_blocking=True)
+        samples, *chunk = inputs["actions"].shape
+        draws = (samples * train.repeated_noise, *chunk)
+        noise = sample_noise(draws, generator).to(stream.device, non_blocking=True)
         times = sample_time(len(noise), generator).to(stream.device, non_blocking=True)
         last = i == accumulation - 1
         ddp = isinstance(model, DistributedDataParallel)
         with model.no_sync() if ddp and not last else contextlib.nullcontext():
             with torch.autocast(stream.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
-                out = model(**inputs, noise=noise, time=times)
+                out = model(**inputs, noise=noise, time=times, repeated_noise=train.repeated_noise)
             out["loss_sum"].backward()
         totals += torch.stack([out["loss_sum"].detach(), out["num_valid"].to(totals.dtype)])
     dist.all_reduce(totals)
@@ -372,9 +377,7 @@ def _save(
 ) -> None:
     """Start a checkpoint; Ray's upload thread completes it and the controller registers it."""
     name = checkpoint.folder_name(at.step)
-    finish = checkpoint.save(
-        run.folder / name, policy, optimizer, at=at, identity=run.identity, stats=run.stats, group=group
-    )
+    finish = checkpoint.save(run.folder / name, policy, optimizer, at=at, identity=run.identity, group=group)
     rank = dist.get_rank()
 
     def complete(reported: Checkpoint, _: str) -> Checkpoint:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .configuration import SmolVLAConfig
 
+FUSED_DEVICES = ("cpu", "cuda")
 MAX_WARMUP_SHARE = 10
 """Where the decay follows the run, the warm-up takes at most a tenth of it: the preset's 1,000 steps would
 otherwise be all of a short run."""
@@ -20,13 +21,19 @@ def optimizer_groups(policy: nn.Module) -> list[dict[str, Any]]:
 
 
 def adamw(policy: nn.Module, config: SmolVLAConfig, *, lr: float | None = None) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters as the configuration says; `lr` is the peak, instead of its own."""
+    """AdamW over the trainable parameters as the configuration says; `lr` is the peak, instead of its own.
+
+    One kernel for the whole update where torch has it: on a CPU a step over 100M parameters takes a third of
+    the time (benchmarks/model_step.py).
+    """
+    groups = optimizer_groups(policy)
     return torch.optim.AdamW(
-        optimizer_groups(policy),
+        groups,
         lr=config.optimizer_lr if lr is None else lr,
         betas=(config.optimizer_betas[0], config.optimizer_betas[1]),
         eps=config.optimizer_eps,
         weight_decay=config.optimizer_weight_decay,
+        fused=all(parameter.device.type in FUSED_DEVICES for parameter in groups[0]["params"]),
     )
 
 

@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 import draccus
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs import train_smolvla
 from jobs.train_smolvla import TrainJob
+from smolvla import SmolVLAPolicy
 
 ROOT = Path(__file__).parents[2]
 STEPS = 100  # enough that a stop finds the run unfinished
@@ -179,6 +181,23 @@ def test_a_run_that_breaks_ends_as_failed(jobs, episodes, tmp_path):
     assert jobs.run_of("broken").info.status == "FAILED"
 
 
+def test_a_checkpoint_is_fine_tuned_on_other_cameras_with_several_draws_a_sample(jobs, episodes):
+    rename = {"observation.images.top": "observation.images.camera2"}
+    rename["observation.images.wrist"] = "observation.images.camera1"
+    settings = {"rename": f"'{json.dumps(rename)}'", "repeated_noise": 2, "steps": 3, "log_every": 1}
+    job = jobs.submit("fine-tuned", episodes, **settings, **{"policy.path": f'"{ROOT}/tests/golden/default"'})
+    assert jobs.wait(job) == JobStatus.SUCCEEDED, jobs.client.get_job_logs(job)[-4000:]
+    assert jobs.run_of("fine-tuned").data.params["repeated_noise"] == "2"
+    tuned = SmolVLAPolicy.from_pretrained(jobs.storage / "fine-tuned/step_000000003/pretrained_model")
+    assert tuned.config.camera_names == ["observation.images.camera1", "observation.images.camera2"]
+    assert tuned.processor.files.rename == rename
+    assert set(tuned.config.camera_names) < set(tuned.processor.stats)
+    # the robot's own column names are understood, and the actions are in its units
+    image = np.zeros((1, 3, 40, 56), dtype=np.uint8)
+    obs = dict.fromkeys(rename, image) | {"observation.state": np.zeros((1, 3)), "task": "open it"}
+    assert tuned.select_action(obs).shape == (1, 4)
+
+
 def parsed(flags):
     return draccus.parse(
         TrainJob, args=[f"--{name.replace('__', '.')}={value}" for name, value in flags.items()]
@@ -226,7 +245,24 @@ def good(episodes, tmp_path):
         ({"policy__path": "/nowhere"}, "policy.path '/nowhere' does not exist"),
         ({"policy__path": "/tmp"}, "policy.path /tmp: no config.json"),
         ({"policy__allow_random_weights": "false"}, "no model.safetensors, so the model would be random"),
-        ({"policy__path": ROOT / "tests/golden/default"}, "cameras ['observation.images.camera1'"),
+        (
+            {"policy__path": ROOT / "tests/golden/default"},
+            "it knows the cameras ['observation.images.camera1', 'observation.images.camera2'], the dataset "
+            "has ['observation.images.top', 'observation.images.wrist']; say with --rename which is which",
+        ),
+        ({"rename": {"top": "camera1"}}, "rename: 'top' is no camera of the dataset"),
+        (
+            {"rename": {"observation.images.top": "observation.images.wrist"}},
+            "rename: several columns become ['observation.images.wrist']",
+        ),
+        (
+            {
+                "policy__path": ROOT / "tests/golden/default",
+                "rename": {"observation.images.top": "observation.images.camera3"},
+            },
+            "rename: 'observation.images.camera3' is no camera of the policy",
+        ),
+        ({"repeated_noise": 0}, "repeated_noise 0 is below 1"),
         ({"optimizer__lr": -1}, "optimizer.lr -1.0 is not positive"),
         ({"seed": -1}, "seed -1 is negative"),
         ({"checkpoint__every": 0}, "checkpoint.every 0 is below 1"),
@@ -237,12 +273,33 @@ def test_a_wrong_flag_is_refused_by_name_and_value_before_anything_starts(good, 
     assert message in refusal(**(good | change))
 
 
+def test_renamed_cameras_take_the_policys_order_and_its_weights(good):
+    top, wrist = "observation.images.top", "observation.images.wrist"
+    first, second = "observation.images.camera1", "observation.images.camera2"
+    known = prepared(
+        good | {"policy__path": ROOT / "tests/golden/default", "rename": {top: second, wrist: first}}
+    )
+    assert known.policy_config.camera_names == [first, second]
+    columns = known.reader.sources[0].camera_columns
+    assert columns == {first: wrist, second: top}
+    other = prepared(
+        good
+        | {
+            "policy__path": ROOT / "tests/golden/default",
+            "run_name": "other",
+            "rename": {top: second},
+        }
+    )
+    assert other.policy_config.camera_names == [second, wrist]
+
+
 def test_a_run_is_not_continued_as_something_else(good, tmp_path):
     identity = prepared(good).identity
     (tmp_path / "checked/run.json").write_text(json.dumps({"mlflow_run_id": "x", "identity": identity}))
     assert prepared(good | {"num_workers": 2, "log_every": 3}).identity == identity
     assert "this run has seed 1000, now 7" in refusal(**good, seed=7)
     assert "steps 20000, now 30" in refusal(**good, steps=30)
+    assert "this run has repeated_noise 1, now 4" in refusal(**good, repeated_noise=4)
 
 
 def test_a_run_without_a_name_is_named_by_policy_and_dataset(good, episodes):

@@ -1,6 +1,7 @@
 """The stream: real Parquet through real Ray Data, every number compared with the episodes it came from."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -65,6 +66,18 @@ def test_a_dataset_of_others_gives_the_same_rows_whatever_its_row_groups(reader,
     for key, row in everything[0].items():
         for name, values in row.items():
             np.testing.assert_array_equal(values, everything[1][key][name], err_msg=f"{key} {name}")
+
+
+def test_renamed_cameras_carry_the_pixels_of_their_columns_even_when_names_are_swapped(reader):
+    top, wrist = reader.camera_names
+    swapped = SampleReader(
+        [replace(reader.sources[0], rename={top: wrist, wrist: top})], reader.config, H, (28, 28)
+    )
+    assert swapped.camera_names == [wrist, top]
+    batch, other = (r.decoded(next(r.encoded(0))) for r in (reader, swapped))
+    np.testing.assert_array_equal(batch[top], other[wrist])
+    np.testing.assert_array_equal(batch[wrist], other[top])
+    assert not np.array_equal(batch[top], batch[wrist])
 
 
 def by_row(reader):

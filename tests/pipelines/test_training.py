@@ -12,14 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from toys import LENGTHS, FileWriter
+from transformers import TrainingArguments
 
 from pipelines import checkpoint, training
 from pipelines.dataset import open_dataset
-from pipelines.stream import SampleReader, Source, StreamConfig
+from pipelines.plan import noise_seed
+from pipelines.stream import ROW_IDS, SampleReader, Source, StreamConfig, ToTorch
 from pipelines.training import Cluster, Run, TrainConfig
 from smolvla.configuration import SmolVLAConfig
-from smolvla.data_utils import Normalizer, tokenize_tasks
+from smolvla.data_utils import Normalizer, sample_noise, sample_time, tokenize_tasks
 from smolvla.modeling import SmolVLAPolicy
+from smolvla.processing import SmolVLAProcessor
+from smolvla.trainer import SmolVLATrainer
 
 VLM = Path("tests/golden/tiny_vlm").absolute()
 TRAIN = TrainConfig(
@@ -61,7 +65,6 @@ def new_run(folder, toy, **changes):
         folder=folder,
         train=replace(TRAIN, **changes),
         identity={"toy": True},
-        stats=dataset.stats,
         num_frames=dataset.num_frames,
         writer=FileWriter(folder / "points.jsonl"),
     )
@@ -127,6 +130,51 @@ def test_one_worker_with_accumulation_two_draws_the_curve_of_two_workers(
     for step, loss in expected.items():
         assert found[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
     assert recorded_rows(run) == recorded_rows(uninterrupted)
+
+
+def test_transformers_trainer_gives_the_losses_of_the_ray_loop(uninterrupted, toy, tmp_path):
+    """The same micro-batches and draws through `SmolVLATrainer`: one shared loss, optimiser and schedule."""
+    reader, accumulation = toy[2], TRAIN.batch_size // TRAIN.micro_batch
+
+    class MicroBatches(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            to_torch = ToTorch()
+            for group in range(TRAIN.steps * TRAIN.batch_size // reader.config.mixing_rows):
+                for encoded in reader.encoded(group):
+                    batch = to_torch(reader.decoded(encoded))
+                    yield {name: column for name, column in batch.items() if name not in ROW_IDS}
+
+    def draw(micro_batch, shape):
+        generator = torch.Generator().manual_seed(noise_seed(TRAIN.seed, micro_batch))
+        return sample_noise(shape, generator), sample_time(shape[0], generator)
+
+    found = []
+
+    class Recorded(SmolVLATrainer):
+        def training_step(self, *inputs, **more):
+            found.append(super().training_step(*inputs, **more).item())
+            return torch.tensor(found[-1])
+
+    policy = SmolVLAPolicy.from_pretrained(uninterrupted.start_folder)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=1,  # an item is a micro-batch already
+        gradient_accumulation_steps=accumulation,
+        max_steps=TRAIN.steps,
+        max_grad_norm=policy.config.optimizer_grad_clip_norm,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Recorded(
+        policy, arguments, train_dataset=MicroBatches(), data_collator=lambda items: items[0], draw=draw
+    )
+    trainer.train()
+    # each is its micro-batch's share of the step's mean
+    steps = torch.tensor(found).view(TRAIN.steps, accumulation).sum(dim=1)
+    expected = losses(uninterrupted)
+    assert dict(enumerate(steps.tolist(), start=1)) == pytest.approx(expected, rel=1e-5)
 
 
 def kill_worker_at(run, step):
@@ -198,6 +246,7 @@ def test_a_checkpoint_holds_the_values_of_the_moment_it_was_begun(toy, tmp_path)
     dataset, config, _ = toy
     torch.manual_seed(0)
     policy = SmolVLAPolicy(config, allow_random_vlm=True)
+    policy.processor = SmolVLAProcessor(config, dataset.stats)
     optimizer = adamw(policy, config)
     for parameter in policy.parameters():
         if parameter.requires_grad:
@@ -209,9 +258,7 @@ def test_a_checkpoint_holds_the_values_of_the_moment_it_was_begun(toy, tmp_path)
         at = checkpoint.Progress(step=1, samples_seen=8)
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
-        finish = checkpoint.save(
-            tmp_path / "c", policy, optimizer, at=at, identity={}, stats=dataset.stats, group=group
-        )
+        finish = checkpoint.save(tmp_path / "c", policy, optimizer, at=at, identity={}, group=group)
         with torch.no_grad():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -236,7 +283,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(ray_session, toy, tmp_path):
     policy = SmolVLAPolicy.from_pretrained(run.start_folder)
     with torch.no_grad():
         policy.model.action_out_proj.bias.fill_(float("inf"))
-    policy.save_pretrained(run.start_folder, stats=run.stats)
+    policy.save_pretrained(run.start_folder)
     import ray.train
 
     with pytest.raises(ray.train.TrainingFailedError, match="FloatingPointError"):
