@@ -117,6 +117,8 @@ class TrainJob:
     seed: int = 1000
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; master weights are float32."""
+    compile: bool = False
+    """Compile the layers; the first step of every worker pays for it."""
     num_workers: int = 1
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
@@ -156,7 +158,12 @@ OPTIMIZER_FIELDS = {  # flag of the group `optimizer` -> field of the policy's c
 }
 CLOSE_WITHIN_S = 60.0  # for a tracking server that is away at the end; the spool keeps what is left
 LAST_POINTS_S = 1.5  # in which the writer, which ships every second, delivers the last ones of a stopped job
-NOT_IDENTITY = ("log_every", "checkpoint_every", "record_rows")  # these change no number of the run
+NOT_IDENTITY = (  # these change no number of the run, beyond rounding
+    "log_every",
+    "checkpoint_every",
+    "record_rows",
+    "compile",
+)
 
 
 @dataclass(frozen=True)
@@ -303,6 +310,7 @@ def _train_config(job: TrainJob) -> TrainConfig:
         checkpoint_every=job.checkpoint.every,
         record_rows=job.record_rows,
         repeated_noise=job.repeated_noise,
+        compile=job.compile,
     )
 
 

@@ -80,6 +80,8 @@ class TrainConfig:
     """Whether every worker writes the ids of the rows it trained on to <run>/rows/."""
     repeated_noise: int = 1
     """Draws of noise and time for each sample; they share the computation of its observation."""
+    compile: bool = False
+    """Whether the layers are compiled, which changes no number beyond rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +221,8 @@ def train_worker(config: dict[str, Any]) -> None:
     if stream.empty:  # the workers died after the last checkpoint and before they could say so
         return
     policy, optimizer, at = _restored(run, stream.samples_seen, device)
+    if run.train.compile:
+        policy.compile_layers()
     model = DistributedDataParallel(policy) if num_workers > 1 else policy
     saver = dist.new_group(backend="gloo")
     meter = Meter(run, rank=rank, stream=stream)

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.amp.autocast_mode import is_autocast_available
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import AutoTokenizer
 
@@ -181,9 +180,8 @@ class VLAFlowMatching(nn.Module):
 
     def _velocity(self, suffix: Tensor) -> Tensor:
         """In float32 whatever the layers computed in: the error of a step adds up over the sampler."""
-        kind = suffix.device.type
         # the meta device, on which one counts FLOPs, has no autocast to switch off
-        plain = torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext()
+        plain = nullcontext() if suffix.is_meta else torch.autocast(suffix.device.type, enabled=False)
         with plain:
             return self.action_out_proj(suffix.to(self.action_out_proj.weight.dtype)).float()
 
@@ -308,6 +306,18 @@ class SmolVLAPolicy(nn.Module):
         """Keep no activations inside the joint layers; the frozen prefix is not computed again."""
         for layer in self.joint_layers:
             layer.gradient_checkpointing = True
+
+    def compile_layers(self, **settings: Any) -> None:
+        """Compile training in place, layer by layer: all joint layers of a kind share one compilation.
+
+        After `shard`, so that FSDP2's gathering stays outside of what is compiled.
+
+        Args:
+            settings: keywords of `torch.compile`.
+        """
+        vlm = self.model.vlm_with_expert.vlm
+        for layer in (*vlm.model.vision_model.encoder.layers, *self.joint_layers):
+            layer.compile(**settings)
 
     # ---- inputs -------------------------------------------------------------------------------------------
 

@@ -48,13 +48,15 @@ class PolicyLoader:
     def __init__(self, policy_folder: str | Path = "configs/policy") -> None:
         self.policy_folder = Path(policy_folder)
 
-    def load_policy_config(self, policy: str | Path) -> PolicyDescription:
-        """Read a YAML file; a bare name is one in the policy folder.
+    def load_policy_config(self, policy: str | Path | PolicyDescription) -> PolicyDescription:
+        """Read a YAML file; a bare name is one in the policy folder, and what was read is taken as it is.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: a key is missing or unknown.
         """
+        if isinstance(policy, PolicyDescription):
+            return policy
         path = Path(policy)
         if path.suffix not in (".yaml", ".yml"):
             path = self.policy_folder / f"{policy}.yaml"
@@ -66,7 +68,7 @@ class PolicyLoader:
             raise ValueError(f"{path} has {found}; it needs {sorted(required)}, and may have {sorted(known)}")
         return PolicyDescription(**{name: value for name, value in values.items() if value is not None})
 
-    def load_model(self, policy: str | Path, args: Any = None) -> dict[str, Any]:
+    def load_model(self, policy: str | Path | PolicyDescription, args: Any = None) -> dict[str, Any]:
         """The module's `load_model` with the file's settings, which attributes of `args` replace."""
         description = self.load_policy_config(policy)
         merged = copy.copy(args) if args is not None else SimpleNamespace()
@@ -81,17 +83,21 @@ class PolicyLoader:
     def load_module(self, description: PolicyDescription) -> ModuleType:
         return importlib.import_module(description.module_path)
 
-    def get_data_processor(self, policy: str | Path, args: Any, model_components: Mapping[str, Any]) -> Any:
+    def get_data_processor(
+        self, policy: str | Path | PolicyDescription, args: Any, model_components: Mapping[str, Any]
+    ) -> Any:
         description = self.load_policy_config(policy)
         make = getattr(self.load_module(description), description.data_processor)
         return make(args, model_components)
 
-    def get_data_collator(self, policy: str | Path, args: Any, model_components: Mapping[str, Any]) -> Any:
+    def get_data_collator(
+        self, policy: str | Path | PolicyDescription, args: Any, model_components: Mapping[str, Any]
+    ) -> Any:
         description = self.load_policy_config(policy)
         make = getattr(self.load_module(description), description.data_collator)
         return make(args, model_components)
 
-    def get_trainer_class(self, policy: str | Path) -> type:
+    def get_trainer_class(self, policy: str | Path | PolicyDescription) -> type:
         description = self.load_policy_config(policy)
         return getattr(self.load_module(description), description.trainer_class)
 
@@ -163,9 +169,10 @@ def _features(settings: Mapping[str, Any]) -> tuple[dict[str, Feature], dict[str
     if missing:
         raise ValueError(f"model_args lacks {missing}, which a policy of a new robot needs")
     size = list(settings.get("image_size") or DEFAULT_IMAGE_SIZE)
+    names = settings["camera_names"]
+    names = yaml.safe_load(names) if isinstance(names, str) else names  # IL-Studio's tasks: "['primary']"
     cameras = [
-        name if name.startswith("observation.image") else f"observation.images.{name}"
-        for name in settings["camera_names"]
+        name if name.startswith("observation.image") else f"observation.images.{name}" for name in names
     ]
     inputs: dict[str, Feature] = {name: {"type": "VISUAL", "shape": [3, *size]} for name in cameras}
     inputs[STATE] = {"type": "STATE", "shape": [settings["state_dim"]]}

@@ -76,6 +76,18 @@ def test_thirty_optimizer_steps_follow_the_same_trajectory(golden):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected["lr"], rel=1e-9)
 
 
+def test_compiled_layers_give_the_same_loss_and_gradients_under_the_same_names(golden):
+    """Whole graphs: a break in one would cost on a GPU what compiling is for."""
+    policy = golden.policy()
+    names = set(policy.state_dict())
+    policy.compile_layers(backend="aot_eager", fullgraph=True)
+    out = policy(**policy.prepare_inputs(golden.batch), **golden.draw)
+    out["loss"].backward()
+    assert relative_error(out["loss"], golden.expected("loss")) < TOLERANCE
+    assert gradient_error(gradients(policy), golden.gradients) < TOLERANCE
+    assert set(policy.state_dict()) == names
+
+
 def test_task_text_becomes_the_same_tokens(golden):
     tokens, mask = tokenize_tasks(golden.meta["tasks"], GOLDEN / "tiny_vlm", max_length=48)
     assert torch.equal(torch.from_numpy(tokens), golden.batch["observation.language.tokens"])

@@ -89,6 +89,15 @@ def test_a_checkpoint_brings_its_own_values_and_gives_real_units(tmp_path):
     assert changed["config"].n_action_steps == 1
 
 
+def test_what_was_read_and_camera_names_in_il_studios_text_form_are_understood():
+    loader = smolvla.PolicyLoader()
+    args = arguments()
+    args.camera_names = "['primary', 'wrist']"
+    components = loader.load_model(loader.load_policy_config(YAML), args)
+    names = ["observation.images.primary", "observation.images.wrist"]
+    assert components["config"].camera_names == names
+
+
 def test_settings_that_are_unknown_or_missing_are_named():
     with pytest.raises(ValueError, match=r"unknown settings \['chunk_sise'\]"):
         smolvla.load_model(SimpleNamespace(model_args={"chunk_sise": 3}))
