@@ -47,7 +47,7 @@ def parsed(job_class: type[Job], argv: Sequence[str]) -> Job:
     with refusals():
         words, config = _without_config(argv)
         flags = _flags(job_class)
-        words = _joined_lists(words, flags)
+        words = _literal_texts(_joined_lists(words, flags), flags)
         if config:
             _check_file(config, flags)
         try:
@@ -126,6 +126,22 @@ def _joined_lists(words: Sequence[str], flags: Mapping[str, type]) -> list[str]:
             items = [value] if equals else []
         else:
             out.append(word)
+    return out
+
+
+def _literal_texts(words: Sequence[str], flags: Mapping[str, type]) -> list[str]:
+    """Quote the values of text flags: draccus reads them as YAML, where `fold: it` is a mapping."""
+    out: list[str] = []
+    is_text = False
+    for word in words:
+        flag, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and flag in flags:
+            is_text = flags[flag] in (str, str | None)
+            out.append(f"--{flag}={json.dumps(value)}" if is_text and equals else word)
+            is_text = is_text and not equals
+        else:
+            out.append(json.dumps(word) if is_text else word)
+            is_text = False
     return out
 
 

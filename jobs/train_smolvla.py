@@ -29,8 +29,9 @@ import yaml
 from jobs import command_line, tracking
 from pipelines import training
 from pipelines.dataset import EpisodeDataset, open_dataset
+from pipelines.engine import Parallel, TrainConfig
 from pipelines.stream import SampleReader, Source, StreamConfig
-from pipelines.training import Cluster, Run, TrainConfig
+from pipelines.training import Cluster, Run
 from smolvla.configuration import SmolVLAConfig
 from smolvla.data_utils import Normalizer, tokenize_tasks
 from smolvla.modeling import SmolVLAPolicy
@@ -41,6 +42,9 @@ from smolvla.processing import SmolVLAProcessor
 class DatasetOptions:
     path: str = ""
     """Episode dataset: a folder or a URI."""
+    max_bad_rows: int = 0
+    """Different rows with unusable images (cut off, of another size) that the run bears: they are masked out
+    of the loss, named in <run>/bad_rows.json and counted as data/bad_rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +119,17 @@ class TrainJob:
     mixing_rows: int = 1024
     """Rows shuffled together."""
     seed: int = 1000
+    parallel: Parallel = "ddp"
+    """ddp: every worker holds the policy; fsdp: all workers share one; hsdp: groups of workers share one."""
+    shard_workers: int = 1
+    """Workers of an hsdp group, such as the GPUs of a node."""
+    activation_checkpointing: bool = False
+    """Compute the joint layers' activations again in the backward pass instead of keeping them."""
+    grad_norm_limit: float = 1e4
+    """A step with a larger gradient norm before clipping, or one that is not finite, changes nothing; its
+    rows are named in <run>/skipped/."""
+    max_skipped_in_a_row: int = 10
+    """Skipped steps after which the run fails."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; master weights are float32."""
     compile: bool = False
@@ -130,16 +145,42 @@ class TrainJob:
     """Whether workers write the ids of the rows they trained on to <run>/rows/."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch", "repeated_noise", "num_workers", "log_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "micro_batch",
+            "repeated_noise",
+            "num_workers",
+            "log_every",
+            "max_skipped_in_a_row",
+        ):
             at_least_one(name, getattr(self, name))
         for name in ("every", "keep"):
             at_least_one(f"checkpoint.{name}", getattr(self.checkpoint, name))
+        if self.dataset.max_bad_rows < 0:
+            raise ValueError(f"dataset.max_bad_rows {self.dataset.max_bad_rows} is negative")
+        if not self.grad_norm_limit > 0:
+            raise ValueError(f"grad_norm_limit {self.grad_norm_limit} is not positive")
+        self._check_parallel()
         if self.cpus_per_worker <= 0:
             raise ValueError(f"cpus_per_worker {self.cpus_per_worker} is not positive")
         if self.batch_size % (self.micro_batch * self.num_workers):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch} * "
                 f"num_workers {self.num_workers}"
+            )
+
+    def _check_parallel(self) -> None:
+        if self.parallel != "hsdp":
+            if self.shard_workers != 1:
+                raise ValueError(
+                    f"shard_workers {self.shard_workers} is of parallel hsdp, not {self.parallel}"
+                )
+            return
+        if not 1 < self.shard_workers < self.num_workers or self.num_workers % self.shard_workers:
+            raise ValueError(
+                f"shard_workers {self.shard_workers} of num_workers {self.num_workers}: parallel hsdp needs "
+                "at least two equal groups of at least two workers"
             )
 
 
@@ -163,6 +204,10 @@ NOT_IDENTITY = (  # these change no number of the run, beyond rounding
     "checkpoint_every",
     "record_rows",
     "compile",
+    "parallel",
+    "shard_workers",
+    "activation_checkpointing",
+    "max_skipped_in_a_row",
 )
 
 
@@ -311,6 +356,11 @@ def _train_config(job: TrainJob) -> TrainConfig:
         record_rows=job.record_rows,
         repeated_noise=job.repeated_noise,
         compile=job.compile,
+        parallel=job.parallel,
+        shard_workers=job.shard_workers,
+        activation_checkpointing=job.activation_checkpointing,
+        grad_norm_limit=job.grad_norm_limit,
+        max_skipped_in_a_row=job.max_skipped_in_a_row,
     )
 
 
@@ -393,6 +443,7 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
         "lr": prepared.policy_config.optimizer_lr,
         "seed": job.seed,
         "precision": job.precision,
+        "parallel": job.parallel,
         "chunk_size": prepared.policy_config.chunk_size,
         "run_folder": str(prepared.folder),
     }
@@ -473,7 +524,8 @@ def show_progress(writer: tracking.RunWriter, job: TrainJob, done: threading.Eve
         rate = (step - first) / (time.monotonic() - first_at) if step > first else 0.0
         left = f"{(job.steps - step) / rate:5.0f} s left" if rate else ""
         print(
-            f"step {step:6d}/{job.steps}  loss {metrics['train/loss']:.4f}  lr {metrics['train/lr']:.2e}  "
+            f"step {step:6d}/{job.steps}  loss {metrics.get('train/loss', float('nan')):.4f}  "
+            f"lr {metrics['train/lr']:.2e}  "
             f"{metrics['data/samples_per_s']:6.1f} samples/s  waits {metrics['data/wait_share']:4.0%}  "
             f"{left}",
             flush=True,
@@ -514,6 +566,9 @@ def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, *, at_ste
         train=prepared.train,
         identity=prepared.identity,
         num_frames=prepared.dataset.num_frames,
+        dataset_uris=tuple(source.dataset.uri for source in prepared.reader.sources),
+        camera_names=tuple(prepared.reader.camera_names),
+        max_bad_rows=job.dataset.max_bad_rows,
         writer=writer,
     )
     cluster = Cluster(

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,16 @@ MANIFEST, PRETRAINED, TRAINING = "MANIFEST.json", "pretrained_model", "training_
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside the step count
 
 
+class BadRow(NamedTuple):
+    """A row of the data with images that cannot be used."""
+
+    source: int
+    episode_index: int
+    frame_index: int
+    bad_cameras: int
+    """Bit i: the i-th camera of the stream."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a run is: all that is needed to go on with the same samples and the same noise."""
@@ -40,6 +50,8 @@ class Progress:
     """Optimiser steps done."""
     samples_seen: int
     """Position in the stream."""
+    bad_rows: tuple[BadRow, ...] = ()
+    """Rows met so far that could not be used."""
 
 
 def folder_name(step: int) -> str:
@@ -79,7 +91,8 @@ def latest(run_folder: Path) -> Path | None:
 def progress(folder: Path) -> Progress:
     """Where the run was when a checkpoint was taken."""
     trainer = json.loads((folder / TRAINING / "trainer.json").read_text())
-    return Progress(step=trainer["step"], samples_seen=trainer["samples_seen"])
+    rows = tuple(BadRow(*row) for row in trainer.get("bad_rows", []))
+    return Progress(step=trainer["step"], samples_seen=trainer["samples_seen"], bad_rows=rows)
 
 
 def save(
@@ -112,14 +125,16 @@ def save(
     written: Any = dcp.async_save(
         _training_state(policy, optimizer), storage_writer=writer, process_group=group
     )
-    weights = _full_weights(policy)
+    weights = _full_weights(policy, keep=rank == 0)
+    optimizer_steps = int(torch.stack([state["step"] for state in optimizer.state.values()]).max())
 
     def finish() -> None:
         written.result()  # on rank 0 this waits for every rank's shards
         if rank != 0:
             return
         policy.save_pretrained(folder / PRETRAINED, state_dict=weights)
-        trainer = asdict(at) | {"identity": identity}
+        # fewer than steps where some were skipped
+        trainer = asdict(at) | {"optimizer_steps": optimizer_steps, "identity": identity}
         (folder / TRAINING / "trainer.json").write_text(json.dumps(trainer, indent=1))
         write_manifest(folder)
 
@@ -135,12 +150,12 @@ def load(folder: Path, policy: "SmolVLAPolicy", optimizer: AdamW) -> Progress:
         optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS}
     state = _training_state(policy, optimizer)
     dcp.load(state, storage_reader=HuggingFaceStorageReader(path=str(folder / TRAINING)))
-    at = progress(folder)
+    trainer = json.loads((folder / TRAINING / "trainer.json").read_text())
     for parameter in _trainable(policy).values():
         # the fused kernel reads the count where the parameter is, the others on the CPU
         device = parameter.device if optimizer.defaults["fused"] else "cpu"
-        optimizer.state[parameter]["step"] = torch.tensor(float(at.step), device=device)
-    return at
+        optimizer.state[parameter]["step"] = torch.tensor(float(trainer["optimizer_steps"]), device=device)
+    return progress(folder)
 
 
 def _trainable(policy: nn.Module) -> dict[str, nn.Parameter]:
@@ -157,13 +172,17 @@ def _training_state(policy: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     return state
 
 
-def _full_weights(policy: nn.Module) -> dict[str, Tensor]:
-    """Rank 0's copy on the CPU of what trains, and the frozen rest as it is; unsharded."""
+def _full_weights(policy: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """A copy on the CPU of what trains, and the frozen rest as it is; unsharded.
+
+    Every rank takes part in gathering what is sharded; only the one that writes it keeps it.
+    """
     weights = {}
     trainable = _trainable(policy)
     for name, value in policy.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
-        weights[name] = whole.detach().to("cpu", copy=name in trainable)
+        if keep:
+            weights[name] = whole.detach().to("cpu", copy=name in trainable and whole is value)
     return weights
 
 

@@ -1,7 +1,15 @@
 """Images as they are stored: shrunk once, encoded as JPEG or PNG. `H` height, `W` width, pixels RGB uint8."""
 
+import io
+
 import cv2
 import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
+SUFFIXES = {"JPEG": "jpg", "PNG": "png"}
+"""File name endings of what a dataset may hold."""
 
 
 def fitted_size(height: int, width: int, *, box: tuple[int, int]) -> tuple[int, int]:
@@ -21,6 +29,7 @@ def shrunk(frame: np.ndarray, *, size: tuple[int, int]) -> np.ndarray:
 
 def encoded_image(image: np.ndarray, *, image_format: str, jpeg_quality: int) -> bytes:
     """Return (H, W, 3) as PNG, or as JPEG with halved chroma (4:2:0)."""
+    assert image_format in ("jpeg", "png"), image_format
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     if image_format == "png":
         ok, data = cv2.imencode(".png", bgr)
@@ -30,11 +39,29 @@ def encoded_image(image: np.ndarray, *, image_format: str, jpeg_quality: int) ->
     return data.tobytes()
 
 
+def encoded_kind(data: bytes | None) -> tuple[str, tuple[int, int]] | None:
+    """Return the suffix and (height, width) of a stored image from its header, before anything is allocated.
+
+    None: neither JPEG nor PNG.
+    """
+    try:
+        with Image.open(io.BytesIO(data or b""), formats=tuple(SUFFIXES)) as image:
+            assert image.format is not None
+            return SUFFIXES[image.format], (image.height, image.width)
+    except (UnidentifiedImageError, OSError, SyntaxError):
+        return None
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether a JPEG or PNG ends as one must: decoders fill a cut-off image with grey and say nothing."""
+    return data.rstrip(b"\0").endswith(JPEG_END) if data.startswith(JPEG_START) else data.endswith(PNG_END)
+
+
 def decoded_image(data: bytes | None) -> np.ndarray | None:
     """Return the pixels (H, W, 3) that a reader of a stored image sees; None if there is no image in it.
 
     OpenCV decodes bit for bit what PIL and torchvision decode.
     """
-    if not data:
+    if not data or not is_whole(data):
         return None
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)

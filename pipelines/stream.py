@@ -36,7 +36,7 @@ from smolvla.data_utils import Normalizer
 Batch = dict[str, NDArray[Any]]
 
 OPEN_FILES = 64  # Parquet footers a worker process keeps parsed; about 100 kB each
-ROW_IDS = ("micro_batch", "source", "epoch", "episode_index", "frame_index")
+ROW_IDS = ("micro_batch", "source", "epoch", "episode_index", "frame_index", "bad_cameras")
 TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
 
 
@@ -220,7 +220,7 @@ class SampleReader:
     def decoded(self, batch: pa.Table) -> Batch:
         """Encoded rows -> arrays: images uint8 (b, h, w, 3), the rest float32, int64 and bool."""
         b = len(batch)
-        out: Batch = {name: batch[name].to_numpy() for name in ROW_IDS}
+        out: Batch = {name: batch[name].to_numpy() for name in ROW_IDS if name in batch.column_names}
         out["action_is_pad"] = _vectors(batch["action_is_pad"])
         state = _vectors(batch["observation.state"])
         action = _vectors(batch["action"]).reshape(b, self.chunk_size, -1)
@@ -235,12 +235,17 @@ class SampleReader:
             tokens = source.tokens.shape[1]
             out[TOKENS][mine, :tokens] = source.tokens[task[mine]]
             out[TOKEN_MASK][mine, :tokens] = source.token_mask[task[mine]]
-        for camera in self.camera_names:
-            height, width = self.image_size(camera)
-            images = np.empty((b, height, width, 3), dtype=np.uint8)
+        out["bad_cameras"] = np.zeros(b, dtype=np.int64)
+        for number, camera in enumerate(self.camera_names):
+            out[camera] = np.zeros((b, *self.image_size(camera), 3), dtype=np.uint8)
             for i, encoded in enumerate(batch[camera]):
-                images[i] = self._image(encoded.as_py(), camera=camera, batch=batch, row=i)
-            out[camera] = images
+                image = self._image(encoded.as_py(), camera=camera)
+                if image is None:
+                    out["bad_cameras"][i] |= 1 << number
+                else:
+                    out[camera][i] = image
+        # Nothing is learned from a row that nobody can see.
+        out["action_is_pad"] = out["action_is_pad"] | (out["bad_cameras"] != 0)[:, None]
         return out
 
     def image_size(self, camera: str) -> tuple[int, int]:
@@ -254,24 +259,16 @@ class SampleReader:
         first = self.sources[0]
         return first.dataset.image_size(first.camera_columns[camera])
 
-    def _image(self, encoded: bytes | None, *, camera: str, batch: pa.Table, row: int) -> NDArray[np.uint8]:
-        """One decoded image (h, w, 3) RGB.
+    def _image(self, encoded: bytes | None, *, camera: str) -> NDArray[np.uint8] | None:
+        """One decoded image (h, w, 3) RGB; None if it cannot be decoded, or has not the declared size.
 
         Shrinking is bilinear without antialiasing, as in the reference; it differs from the reference's float
         arithmetic by rounding to whole levels.
         """
-        height, width = self._stored_size(camera)
         image = decoded_image(encoded)
-        if image is None or image.shape[:2] != (height, width):
-            source = self.sources[batch["source"][row].as_py()]
-            where = (
-                f"{source.dataset.uri}: episode {batch['episode_index'][row]} "
-                f"frame {batch['frame_index'][row]}: {source.camera_columns[camera]}"
-            )
-            found = "cannot be decoded" if image is None else f"is {image.shape[0]} x {image.shape[1]} pixels"
-            raise ValueError(f"{where}: the image {found}, info.json declares {height} x {width}")
-        target = self.image_size(camera)
-        return shrunk(np.asarray(image, dtype=np.uint8), size=target)
+        if image is None or image.shape[:2] != self._stored_size(camera):
+            return None
+        return shrunk(np.asarray(image, dtype=np.uint8), size=self.image_size(camera))
 
 
 def _slice(table: pa.Table, groups: RowGroups, unit: int) -> pa.Table:

@@ -1,19 +1,15 @@
 """The Ray Train side of a run: data from the right position, training, checkpoints, life after any death.
 
-The mathematics does not know how many workers there are. The global batch is fixed in samples; b * W * k =
-batch_size gives each worker k micro-batches a step; noise and time of micro-batch m come from a generator
-seeded by (seed, m); gradients are sums over valid action entries, divided once by the global count of them.
-
-Shape letters: b micro-batch, W workers, k accumulation, m number of a micro-batch.
+The mathematics of a step is in `pipelines.engine`.
 """
 
-import contextlib
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Protocol
 
 import ray.train
 import ray.train.torch
@@ -33,17 +29,11 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from pipelines import checkpoint
-from pipelines.checkpoint import Progress
-from pipelines.plan import noise_seed
+from pipelines.checkpoint import BadRow, Progress
+from pipelines.engine import Engine, StepResult, TrainConfig
 from pipelines.stream import ROW_IDS, SampleReader, ToTorch, micro_batches
-from smolvla.data_utils import sample_noise, sample_time
-from smolvla.optimization import adamw, clip_gradients, lr_factor
-
-if TYPE_CHECKING:
-    from smolvla.modeling import SmolVLAPolicy
 
 
 class MetricWriter(Protocol):
@@ -59,32 +49,6 @@ class MetricWriter(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What a training run computes; together with the data, the policy and the seed it fixes every number."""
-
-    steps: int
-    """Optimiser steps."""
-    batch_size: int
-    """Samples a step, over all workers."""
-    micro_batch: int
-    seed: int
-    decay_steps: int | None
-    """Steps of the cosine decay; None: those of the run. The other presets are in the policy's config."""
-    precision: Literal["float32", "bfloat16"]
-    """Of the computation; master weights are always float32."""
-    log_every: int
-    """Steps between two points of a curve; a point is the mean over them."""
-    checkpoint_every: int
-    """Steps."""
-    record_rows: bool
-    """Whether every worker writes the ids of the rows it trained on to <run>/rows/."""
-    repeated_noise: int = 1
-    """Draws of noise and time for each sample; they share the computation of its observation."""
-    compile: bool = False
-    """Whether the layers are compiled, which changes no number beyond rounding."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything a worker needs; small enough to be sent to each."""
 
@@ -95,6 +59,11 @@ class Run:
     """What the run is, written into each checkpoint."""
     num_frames: int
     """Rows of an epoch."""
+    dataset_uris: tuple[str, ...]
+    """By number of the source; with the cameras, to name a row."""
+    camera_names: tuple[str, ...]
+    max_bad_rows: int
+    """Different rows with unusable images that the run bears, masked out of the loss."""
     writer: MetricWriter
 
     @property
@@ -165,7 +134,7 @@ def _dataset_at_position(run: Run, reader: SampleReader) -> Callable[[], Dataset
 
 
 class Stream:
-    """This worker's micro-batches in order, and the time spent waiting for them."""
+    """This worker's micro-batches in order, the time spent waiting for them, and what was wrong with them."""
 
     def __init__(self, run: Run, *, rank: int, num_workers: int, device: torch.device) -> None:
         shard = ray.train.get_dataset_shard("train")
@@ -186,12 +155,19 @@ class Stream:
         self.next_index = 0 if self._first is None else int(self._first["micro_batch"][0])
         self.samples_seen = (self.next_index - rank) * run.train.micro_batch
         self.empty = self._first is None
+        self.rows: dict[int, list[dict[str, list[int]]]] = {}
+        """Row ids of the steps since `forget_rows`, for whoever must name them."""
+        self.bad_rows: set[BadRow] = set()
+        """Those met so far by this worker."""
         self._rows_path = run.folder / "rows" / f"rank_{rank}.jsonl" if run.train.record_rows else None
         if self._rows_path is not None:
             self._rows_path.parent.mkdir(exist_ok=True)
 
-    def take(self, step: int) -> tuple[int, dict[str, Tensor]]:
-        """(m, the micro-batch on the device)."""
+    def of_step(self, step: int, count: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """This worker's `count` micro-batches of a step: (m, columns on the device)."""
+        return (self._take(step) for _ in range(count))
+
+    def _take(self, step: int) -> tuple[int, dict[str, Tensor]]:
         started = time.perf_counter()
         batch = self._first or next(self._batches, None)
         self.waited_s += time.perf_counter() - started
@@ -199,16 +175,21 @@ class Stream:
         assert batch is not None, f"the stream ended before step {step}"
         numbers = batch["micro_batch"]
         assert bool((numbers == index).all()), f"expected micro-batch {index}, got {numbers.tolist()}"
-        if self._rows_path is not None:
-            self._record(step, batch)
+        self._note(step, {name: batch[name].tolist() for name in ROW_IDS})
         tensors = {n: t.to(self.device, non_blocking=True) for n, t in batch.items() if n not in ROW_IDS}
         return index, tensors
 
-    def _record(self, step: int, batch: Mapping[str, Tensor]) -> None:
-        assert self._rows_path is not None
-        line = {"step": step} | {name: batch[name].tolist() for name in ROW_IDS}
-        with self._rows_path.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+    def _note(self, step: int, ids: dict[str, list[int]]) -> None:
+        self.rows.setdefault(step, []).append(ids)
+        rows = zip(*(ids[name] for name in BadRow._fields), strict=True)
+        self.bad_rows |= {row for row in itertools.starmap(BadRow, rows) if row.bad_cameras}
+        if self._rows_path is not None:
+            with self._rows_path.open("a") as stream:
+                stream.write(json.dumps({"step": step} | ids) + "\n")
+
+    def forget_rows(self) -> None:
+        """Drop the ids of past steps."""
+        self.rows = {}
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -220,26 +201,21 @@ def train_worker(config: dict[str, Any]) -> None:
     stream = Stream(run, rank=rank, num_workers=num_workers, device=device)
     if stream.empty:  # the workers died after the last checkpoint and before they could say so
         return
-    policy, optimizer, at = _restored(run, stream.samples_seen, device)
-    if run.train.compile:
-        policy.compile_layers()
-    model = DistributedDataParallel(policy) if num_workers > 1 else policy
+    engine, at = _restored(run, stream.samples_seen, device)
     saver = dist.new_group(backend="gloo")
-    meter = Meter(run, rank=rank, stream=stream)
-    accumulation = run.train.batch_size // (run.train.micro_batch * num_workers)
+    meter = Meter(run, rank=rank, stream=stream, known_bad_rows=at.bad_rows)
     for step in range(at.step + 1, run.train.steps + 1):
-        totals = _accumulate(model, policy, stream, run.train, step=step, accumulation=accumulation)
-        grad_norm, lr = _update(policy, optimizer, totals, run.train, step=step, num_workers=num_workers)
+        result = engine.step(step, stream.of_step(step, engine.accumulation))
         saves = step % run.train.checkpoint_every == 0 or step == run.train.steps
-        meter.step(step, loss=totals[0] / totals[1], grad_norm=grad_norm, lr=lr, log=saves)
+        meter.step(step, result, log=saves)
         if saves:
-            done = Progress(step=step, samples_seen=step * run.train.batch_size)
-            _save(run, policy, optimizer, done, group=saver, loss=meter.last_loss)
+            done = Progress(
+                step=step, samples_seen=step * run.train.batch_size, bad_rows=tuple(sorted(meter.bad_rows))
+            )
+            _save(run, engine, done, group=saver, loss=meter.last_loss)
 
 
-def _restored(
-    run: Run, samples_seen: int, device: torch.device
-) -> tuple["SmolVLAPolicy", torch.optim.AdamW, Progress]:
+def _restored(run: Run, samples_seen: int, device: torch.device) -> tuple[Engine, Progress]:
     """Policy and optimiser at the position that the stream was built for."""
     # Here and not above: Ray's controller and data actors import this module too, and have no use for the
     # model.
@@ -252,128 +228,127 @@ def _restored(
     source = folder / checkpoint.PRETRAINED if step else run.start_folder
     policy = SmolVLAPolicy.from_pretrained(source)
     policy.processor = SmolVLAProcessor.from_pretrained(source, policy.config)  # before retention deletes it
-    policy.to(device).train()
-    optimizer = adamw(policy, policy.config)
-    at = checkpoint.load(folder, policy, optimizer) if step else Progress(step=0, samples_seen=0)
-    assert at == Progress(step=step, samples_seen=samples_seen), (
-        f"{folder} is at {at}, the stream at step {step}"
-    )
-    return policy, optimizer, at
-
-
-def _accumulate(
-    model: torch.nn.Module,
-    policy: "SmolVLAPolicy",
-    stream: Stream,
-    train: TrainConfig,
-    *,
-    step: int,
-    accumulation: int,
-) -> Tensor:
-    """Gradients of one step's summed loss; returns (loss sum, valid entries) of all workers, on device."""
-    totals = torch.zeros(2, device=stream.device)
-    for i in range(accumulation):
-        index, batch = stream.take(step)
-        inputs = policy.prepare_inputs(batch)
-        generator = torch.Generator().manual_seed(
-            noise_seed(train.seed, index)
-        )  # on the CPU: the same on any device
-        samples, *chunk = inputs["actions"].shape
-        draws = (samples * train.repeated_noise, *chunk)
-        noise = sample_noise(draws, generator).to(stream.device, non_blocking=True)
-        times = sample_time(len(noise), generator).to(stream.device, non_blocking=True)
-        last = i == accumulation - 1
-        ddp = isinstance(model, DistributedDataParallel)
-        with model.no_sync() if ddp and not last else contextlib.nullcontext():
-            with torch.autocast(stream.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
-                out = model(**inputs, noise=noise, time=times, repeated_noise=train.repeated_noise)
-            out["loss_sum"].backward()
-        totals += torch.stack([out["loss_sum"].detach(), out["num_valid"].to(totals.dtype)])
-    dist.all_reduce(totals)
-    return totals
-
-
-def _update(
-    policy: "SmolVLAPolicy",
-    optimizer: torch.optim.AdamW,
-    totals: Tensor,
-    train: TrainConfig,
-    *,
-    step: int,
-    num_workers: int,
-) -> tuple[Tensor, float]:
-    """One optimiser step; returns the gradient's norm before clipping, on device, and the learning rate."""
-    config = policy.config
-    parameters = [p for p in policy.parameters() if p.grad is not None]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    # DDP averaged over the workers what should have been summed over them and divided by the global count.
-    torch._foreach_mul_(gradients, num_workers / totals[1])  # pyright: ignore[reportCallIssue] - a tensor is taken
-    grad_norm = clip_gradients(parameters, config.optimizer_grad_clip_norm)
-    lr = config.optimizer_lr * lr_factor(
-        step - 1,
-        warmup_steps=config.scheduler_warmup_steps,
-        decay_steps=train.decay_steps,
-        total_steps=train.steps,
-        peak_lr=config.optimizer_lr,
-        decay_lr=config.scheduler_decay_lr,
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return grad_norm, lr
+    engine = Engine(policy.to(device).train(), run.train)
+    at = Progress(step=0, samples_seen=0)
+    if step:
+        at = checkpoint.load(folder, policy, engine.optimizer)
+    assert (at.step, at.samples_seen) == (step, samples_seen), f"{folder} is at {at}, the stream at {step}"
+    return engine, at
 
 
 class Meter:
     """Collects what happened on the device and reads it back once an interval; rank 0 writes it."""
 
-    def __init__(self, run: Run, *, rank: int, stream: Stream) -> None:
+    def __init__(self, run: Run, *, rank: int, stream: Stream, known_bad_rows: Iterable[BadRow]) -> None:
         self._run, self._rank, self._stream = run, rank, stream
         self.last_loss = float("nan")
+        self.bad_rows = set(known_bad_rows)
+        """Those of all workers; the same on each."""
+        self._skipped_in_a_row = 0
+        # A group of its own: checkpoints are written by another thread, through theirs.
+        self._group = dist.new_group(backend="gloo")
         self._restart()
 
     def _restart(self) -> None:
-        self._losses: list[Tensor] = []
-        self._norms: list[Tensor] = []
+        self._results: dict[int, StepResult] = {}
         self._started, self._waited = time.perf_counter(), self._stream.waited_s
+        self._stream.forget_rows()
 
-    def step(self, step: int, *, loss: Tensor, grad_norm: Tensor, lr: float, log: bool) -> None:
+    def step(self, step: int, result: StepResult, *, log: bool) -> None:
         """Note one step; every `log_every` steps, and when `log` says so, write the means since then.
 
         Checkpoints always write, so that a run that goes on from one draws the same points.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite, which no later step would repair.
+            FloatingPointError: too many steps in a row were skipped.
+            BadRowsError: more rows of the data cannot be used than the user allows.
         """
-        self._losses.append(loss)
-        self._norms.append(grad_norm)
+        self._results[step] = result
         if not log and step % self._run.train.log_every:
             return
-        losses, norms = torch.stack(self._losses), torch.stack(self._norms)
-        self.last_loss, norm = float(losses.mean()), float(norms.mean())
+        results = self._results.values()
+        found = torch.stack([torch.stack([r.loss, r.grad_norm, r.skipped.float()]) for r in results]).cpu()
         seconds = time.perf_counter() - self._started
-        if not (torch.isfinite(losses).all() and torch.isfinite(norms).all()):
-            raise FloatingPointError(
-                f"loss {losses.tolist()} or gradient norm {norms.tolist()} at step {step}"
-            )
+        kept = found[found[:, 2] == 0]
+        values = {
+            "train/lr": result.lr,
+            "train/epoch": step * self._run.train.batch_size / self._run.num_frames,
+            "train/skipped_steps": float(len(found) - len(kept)),
+            "data/wait_share": (self._stream.waited_s - self._waited) / seconds,
+            "data/samples_per_s": len(found) * self._run.train.batch_size / seconds,
+        }
+        if len(kept):
+            self.last_loss, norm = float(kept[:, 0].mean()), float(kept[:, 1].mean())
+            values |= {"train/loss": self.last_loss, "train/grad_norm": norm}
+        self._exchange_bad_rows()
+        values["data/bad_rows"] = float(len(self.bad_rows))
         if self._rank == 0:
-            samples = step * self._run.train.batch_size
-            values = {
-                "train/loss": self.last_loss,
-                "train/grad_norm": norm,
-                "train/lr": lr,
-                "train/epoch": samples / self._run.num_frames,
-                "data/wait_share": (self._stream.waited_s - self._waited) / seconds,
-                "data/samples_per_s": len(self._losses) * self._run.train.batch_size / seconds,
-            }
             self._run.writer.log(step, values)
+        self._look_at_skips(found)
+        if len(self.bad_rows) > self._run.max_bad_rows:
+            raise BadRowsError(self._run, self.bad_rows)
         self._restart()
+
+    def _look_at_skips(self, found: Tensor) -> None:
+        """Name the rows of skipped steps in <run>/skipped/, and give up after too many in a row."""
+        for step, (loss, norm, skipped) in zip(self._results, found.tolist(), strict=True):
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+            if not skipped:
+                continue
+            line = {"step": step, "loss": str(loss), "grad_norm": str(norm), "rows": self._stream.rows[step]}
+            folder = self._run.folder / "skipped"
+            folder.mkdir(exist_ok=True)
+            with (folder / f"rank_{self._rank}.jsonl").open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+            if self._skipped_in_a_row >= self._run.train.max_skipped_in_a_row:
+                raise FloatingPointError(
+                    f"{self._skipped_in_a_row} steps in a row were skipped, the last is step {step} with "
+                    f"loss {loss} and gradient norm {norm}; {folder} names their rows"
+                )
+
+    def _exchange_bad_rows(self) -> None:
+        new = self._stream.bad_rows - self.bad_rows
+        count = torch.tensor(len(new))
+        dist.all_reduce(count, group=self._group)
+        if not count:
+            return
+        everyone: list[set[BadRow]] = [set()] * dist.get_world_size()
+        dist.all_gather_object(everyone, new, group=self._group)
+        self.bad_rows |= set().union(*everyone)
+        if self._rank == 0:
+            names = [named(self._run, row) for row in sorted(self.bad_rows)]
+            (self._run.folder / "bad_rows.json").write_text(json.dumps(names, indent=1))
+
+
+def named(run: Run, row: BadRow) -> dict[str, Any]:
+    """A bad row as a person finds it."""
+    cameras = [name for i, name in enumerate(run.camera_names) if row.bad_cameras >> i & 1]
+    return {
+        "dataset": run.dataset_uris[row.source],
+        "episode": row.episode_index,
+        "frame": row.frame_index,
+        "cameras": cameras,
+    }
+
+
+class BadRowsError(Exception):
+    """More rows of the data cannot be used than `max_bad_rows`."""
+
+    def __init__(self, run: Run, rows: Collection[BadRow]) -> None:
+        first = named(run, min(rows))
+        where = f"{first['dataset']}: episode {first['episode']} frame {first['frame']}: {first['cameras']}"
+        super().__init__(
+            f"{len(rows)} rows have images that cannot be used, max_bad_rows allows {run.max_bad_rows}; "
+            f"the first: {where}; all are in {run.folder / 'bad_rows.json'}"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Exception, self.args  # Ray sends it to the driver, which needs its text only
 
 
 def _save(
     run: Run,
-    policy: "SmolVLAPolicy",
-    optimizer: torch.optim.AdamW,
+    engine: Engine,
     at: Progress,
     *,
     group: dist.ProcessGroup,
@@ -381,7 +356,9 @@ def _save(
 ) -> None:
     """Start a checkpoint; Ray's upload thread completes it and the controller registers it."""
     name = checkpoint.folder_name(at.step)
-    finish = checkpoint.save(run.folder / name, policy, optimizer, at=at, identity=run.identity, group=group)
+    finish = checkpoint.save(
+        run.folder / name, engine.policy, engine.optimizer, at=at, identity=run.identity, group=group
+    )
     rank = dist.get_rank()
 
     def complete(reported: Checkpoint, _: str) -> Checkpoint:

@@ -234,6 +234,8 @@ class SmolVLAPolicy(nn.Module):
         self.vlm_source = config.vlm_source() if vlm_folder is None else str(vlm_folder)
         self.model = VLAFlowMatching(config, self.vlm_source)
         self._check_image_box()
+        # Kept, because FSDP2 changes a policy that is asked for its state while another thread trains it.
+        self.shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
         self._float_images_checked = False
         self._processor: SmolVLAProcessor | None = None
         self._statistics_source: str | Path | None = None
@@ -599,7 +601,7 @@ class SmolVLAPolicy(nn.Module):
             name.replace("_orig_mod.", ""): tensor
             for name, tensor in without_buffers(load_file(path)).items()
         }
-        refuse_misfits(path, policy.state_dict(), tensors)
+        refuse_misfits(path, policy.shapes, tensors)
         # copy: the file's tensors are mapped memory, which must not change when the file does.
         policy.load_state_dict(
             {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True
@@ -641,7 +643,7 @@ class SmolVLAPolicy(nn.Module):
             name: tensor.detach().contiguous().cpu()
             for name, tensor in (state_dict or self.state_dict()).items()
         }
-        refuse_misfits(folder, self.state_dict(), tensors)
+        refuse_misfits(folder, self.shapes, tensors)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
 
@@ -669,14 +671,14 @@ def padded(name: str, vectors: Tensor, width: int) -> Tensor:
     return F.pad(vectors, (0, missing))
 
 
-def refuse_misfits(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def refuse_misfits(path: Path, expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> None:
     """One error that names every missing, unexpected and misshapen tensor."""
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in expected]
     problems += [
-        f"{name} has shape {list(found[name].shape)}, not {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
+        f"{name} has shape {list(found[name].shape)}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
     ]
     if problems:
         raise ValueError(f"{path} does not hold this policy's {len(expected)} tensors: {'; '.join(problems)}")

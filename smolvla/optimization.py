@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .configuration import SmolVLAConfig
 
@@ -38,8 +39,15 @@ def adamw(policy: nn.Module, config: SmolVLAConfig, *, lr: float | None = None) 
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients in place to a total norm of at most `max_norm`; returns the norm before."""
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    """Scale gradients in place to a total norm of at most `max_norm`; returns the norm before.
+
+    Of parameters that FSDP2 has sharded it is the norm over all shards; then every rank must call it.
+    """
+    given = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    torch.nn.utils.clip_grads_with_norm_(given, max_norm, norm)
+    return norm
 
 
 def lr_factor(

@@ -2,12 +2,17 @@
 
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.torch import load_file
 
 from pipelines.sources import Episode, Listing, Unit
 
@@ -83,3 +88,36 @@ class FileWriter:
 
     def flush(self) -> None:
         pass
+
+
+def with_cut_image(source: Path, target: Path, *, episode: int, frame: int, camera: str) -> None:
+    """Copy a dataset; of one image only the first half stays, as a broken disk or transfer leaves it."""
+    shutil.copytree(source, target)
+    for path in (target / "data").rglob("*.parquet"):
+        file = pq.ParquetFile(path)
+        groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
+        with pq.ParquetWriter(path, file.schema_arrow, compression="NONE") as writer:
+            for table in groups:
+                rows = table.to_pylist()
+                for row in rows:
+                    if (row["episode_index"], row["frame_index"]) == (episode, frame):
+                        row[camera]["bytes"] = row[camera]["bytes"][: len(row[camera]["bytes"]) // 2]
+                writer.write_table(pa.Table.from_pylist(rows, schema=table.schema))
+
+
+def golden_rows(micro_batch: int) -> tuple[Any, Callable[[int], dict[str, Any]]]:
+    """LeRobot's golden policy, and its batch's rows as micro-batch m, shifted by m so that they differ."""
+    from smolvla import SmolVLAPolicy
+
+    folder = Path(__file__).parent / "golden/default"
+    tensors = load_file(folder / "example.safetensors")
+    batch = {name.removeprefix("batch/"): t for name, t in tensors.items() if name.startswith("batch/")}
+    size = len(batch["action"])
+
+    def rows(m: int) -> dict[str, Any]:
+        taken = [(m * micro_batch + i) % size for i in range(micro_batch)]
+        columns = {name: column[taken].clone() for name, column in batch.items()}
+        columns["action"] += m * 0.01
+        return columns
+
+    return SmolVLAPolicy.from_pretrained(folder), rows

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from ray.job_submission import JobStatus, JobSubmissionClient
+from toys import with_cut_image
 
 from jobs import train_smolvla
 from jobs.train_smolvla import TrainJob
@@ -164,21 +165,26 @@ def test_a_complete_run_submitted_again_has_nothing_to_do(uninterrupted, jobs, e
     assert jobs.run_of("uninterrupted").info.status == "FINISHED"
 
 
-def test_a_run_that_breaks_ends_as_failed(jobs, episodes, tmp_path):
-    """An image that cannot be decoded stops the run, and MLflow says so."""
-    import shutil
-
-    import pyarrow.parquet as pq
-
+def test_one_image_cut_off_in_a_shard_fails_the_run_by_name_unless_it_is_borne(jobs, episodes, tmp_path):
     broken = tmp_path / "broken"
-    shutil.copytree(episodes, broken)
-    for file in (broken / "data").rglob("*.parquet"):
-        data = file.read_bytes()
-        start = pq.read_metadata(file).row_group(0).column(0).data_page_offset
-        file.write_bytes(data[: start + 40] + bytes(400) + data[start + 440 :])
-    job = jobs.submit("broken", broken)
+    with_cut_image(episodes, broken, episode=2, frame=5, camera="observation.images.wrist")
+    whole_epoch = {"steps": 40, "log_every": 10, "checkpoint.every": 40}
+    job = jobs.submit("broken", broken, **whole_epoch)
     assert jobs.wait(job) == JobStatus.FAILED
     assert jobs.run_of("broken").info.status == "FAILED"
+    logs = jobs.client.get_job_logs(job)
+    assert "1 rows have images that cannot be used, max_bad_rows allows 0; the first: " in logs
+    assert "episode 2 frame 5: ['observation.images.wrist']" in logs
+
+    job = jobs.submit("borne", broken, **whole_epoch, **{"dataset.max_bad_rows": 1})
+    assert jobs.wait(job) == JobStatus.SUCCEEDED, jobs.client.get_job_logs(job)[-4000:]
+    run = jobs.run_of("borne")
+    assert (run.info.status, run.data.metrics["data/bad_rows"]) == ("FINISHED", 1)
+    named = json.loads((jobs.storage / "borne/bad_rows.json").read_text())
+    cameras = ["observation.images.wrist"]
+    assert named == [{"dataset": str(broken), "episode": 2, "frame": 5, "cameras": cameras}]
+    position = json.loads((jobs.storage / "borne/step_000000040/training_state/trainer.json").read_text())
+    assert position["bad_rows"] == [[0, 2, 5, 2]]
 
 
 def test_a_checkpoint_is_fine_tuned_on_other_cameras_with_several_draws_a_sample(jobs, episodes):

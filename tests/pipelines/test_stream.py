@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from toys import LENGTHS, TASKS
+from toys import LENGTHS, TASKS, with_cut_image
 
 from pipelines.dataset import open_dataset
 from pipelines.stream import SampleReader, Source, StreamConfig, ToTorch, micro_batches
@@ -78,6 +78,26 @@ def test_renamed_cameras_carry_the_pixels_of_their_columns_even_when_names_are_s
     np.testing.assert_array_equal(batch[top], other[wrist])
     np.testing.assert_array_equal(batch[wrist], other[top])
     assert not np.array_equal(batch[top], batch[wrist])
+
+
+def test_a_row_with_an_image_cut_off_is_marked_and_masked_and_no_other_is_touched(reader, episodes, tmp_path):
+    camera = "observation.images.wrist"
+    with_cut_image(episodes, tmp_path / "broken", episode=2, frame=5, camera=camera)
+    source = replace(reader.sources[0], dataset=open_dataset(str(tmp_path / "broken")))
+    theirs = SampleReader([source], reader.config, H, (28, 28))
+    expected, found, marked = by_row(reader), by_row(theirs), []
+    for group in range(sum(LENGTHS) // reader.config.mixing_rows):
+        for encoded in theirs.encoded(group):
+            batch = theirs.decoded(encoded)
+            for i in np.flatnonzero(batch["bad_cameras"]):
+                row = (int(batch["episode_index"][i]), int(batch["frame_index"][i]))
+                marked.append((*row, batch["bad_cameras"][i]))
+    assert marked == [(2, 5, 1 << theirs.camera_names.index(camera))]
+    assert found[(2, 5)]["action_is_pad"].all()
+    assert not found[(2, 5)][camera].any()
+    for key in expected.keys() - {(2, 5)}:
+        for name, values in expected[key].items():
+            np.testing.assert_array_equal(values, found[key][name])
 
 
 def by_row(reader):

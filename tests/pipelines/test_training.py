@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -16,9 +17,10 @@ from transformers import TrainingArguments
 
 from pipelines import checkpoint, training
 from pipelines.dataset import open_dataset
+from pipelines.engine import TrainConfig
 from pipelines.plan import noise_seed
 from pipelines.stream import ROW_IDS, SampleReader, Source, StreamConfig, ToTorch
-from pipelines.training import Cluster, Run, TrainConfig
+from pipelines.training import Cluster, Run
 from smolvla.configuration import SmolVLAConfig
 from smolvla.data_utils import Normalizer, sample_noise, sample_time, tokenize_tasks
 from smolvla.modeling import SmolVLAPolicy
@@ -66,6 +68,9 @@ def new_run(folder, toy, **changes):
         train=replace(TRAIN, **changes),
         identity={"toy": True},
         num_frames=dataset.num_frames,
+        dataset_uris=(dataset.uri,),
+        camera_names=tuple(dataset.camera_names),
+        max_bad_rows=0,
         writer=FileWriter(folder / "points.jsonl"),
     )
     SmolVLAPolicy(config, allow_random_vlm=True).save_pretrained(run.start_folder, stats=dataset.stats)
@@ -190,6 +195,21 @@ def kill_worker_at(run, step):
     return thread
 
 
+def test_two_workers_that_share_the_policy_draw_the_same_curve_and_one_goes_on_with_it_whole(
+    uninterrupted, ray_session, toy, tmp_path
+):
+    """FSDP2 on two workers, then its newest checkpoint on one that holds everything."""
+    run = new_run(tmp_path / "sharded", toy, parallel="fsdp", activation_checkpointing=True)
+    training.fit(run, toy[2], CLUSTER)
+    expected = losses(uninterrupted)
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
+    shutil.rmtree(run.folder / "step_000000040")
+    (run.folder / "checkpoint_manager_snapshot.json").unlink()
+    whole = replace(run, train=TRAIN, writer=FileWriter(run.folder / "whole.jsonl"))
+    training.fit(whole, toy[2], replace(CLUSTER, num_workers=1))
+    assert losses(whole) == pytest.approx({s: v for s, v in expected.items() if s > 30}, rel=1e-5)
+
+
 def test_a_killed_worker_changes_no_loss_and_loses_no_row(uninterrupted, ray_session, toy, tmp_path):
     run = new_run(tmp_path / "killed", toy)
     watcher = kill_worker_at(run, 17)
@@ -219,8 +239,6 @@ def test_a_run_goes_on_from_the_newest_good_checkpoint_with_another_number_of_wo
     uninterrupted, ray_session, toy, tmp_path
 ):
     """The newest checkpoint is damaged, so the one before it counts; two workers' shards are read by one."""
-    import shutil
-
     folder = tmp_path / "resumed"
     shutil.copytree(uninterrupted.folder, folder, ignore=shutil.ignore_patterns("points.jsonl", "rows"))
     for name in ("checkpoint_manager_snapshot.json",):  # Ray's own record names the folders of the other run
@@ -279,12 +297,15 @@ def test_a_checkpoint_holds_the_values_of_the_moment_it_was_begun(toy, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(ray_session, toy, tmp_path):
-    run = new_run(tmp_path / "diverged", toy, steps=4)
+    run = new_run(tmp_path / "diverged", toy, steps=4, max_skipped_in_a_row=2)
     policy = SmolVLAPolicy.from_pretrained(run.start_folder)
     with torch.no_grad():
         policy.model.action_out_proj.bias.fill_(float("inf"))
     policy.save_pretrained(run.start_folder)
     import ray.train
 
-    with pytest.raises(ray.train.TrainingFailedError, match="FloatingPointError"):
+    with pytest.raises(ray.train.TrainingFailedError, match="2 steps in a row were skipped"):
         training.fit(run, toy[2], replace(CLUSTER, num_workers=1, max_failures=0))
+    skipped = [json.loads(line) for line in (run.folder / "skipped/rank_0.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in skipped] == [1, 2]
+    assert len(skipped[0]["rows"][0]["frame_index"]) == TRAIN.micro_batch

@@ -1,0 +1,188 @@
+"""One optimiser step on any number of workers, replicated (DDP) or sharded (FSDP2, HSDP): the same numbers.
+
+The mathematics does not know how many workers there are. The global batch is fixed in samples; b * W * k =
+batch_size gives each worker k micro-batches a step; noise and time of micro-batch m come from a generator
+seeded by (seed, m); gradients are sums over valid action entries, divided once by the global count of them.
+
+A step whose loss or gradient is not finite, or whose gradient is absurd, changes nothing: the optimiser's
+kernel skips it on the device, so no step waits for the host to look.
+
+Shape letters: b micro-batch, W workers, k accumulation, m number of a micro-batch.
+"""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.plan import noise_seed
+from smolvla.data_utils import sample_noise, sample_time
+from smolvla.optimization import adamw, clip_gradients, lr_factor
+
+if TYPE_CHECKING:
+    from smolvla.modeling import SmolVLAPolicy
+
+Parallel = Literal["ddp", "fsdp", "hsdp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What a training run computes; together with the data, the policy and the seed it fixes every number."""
+
+    steps: int
+    """Optimiser steps."""
+    batch_size: int
+    """Samples a step, over all workers."""
+    micro_batch: int
+    seed: int
+    decay_steps: int | None
+    """Steps of the cosine decay; None: those of the run. The other presets are in the policy's config."""
+    precision: Literal["float32", "bfloat16"]
+    """Of the computation; master weights are always float32."""
+    log_every: int
+    """Steps between two points of a curve; a point is the mean over them."""
+    checkpoint_every: int
+    """Steps."""
+    record_rows: bool
+    """Whether every worker writes the ids of the rows it trained on to <run>/rows/."""
+    repeated_noise: int = 1
+    """Draws of noise and time for each sample; they share the computation of its observation."""
+    compile: bool = False
+    """Whether the layers are compiled, which changes no number beyond rounding."""
+    parallel: Parallel = "ddp"
+    """Every worker holds the policy (ddp), a share of it (fsdp), or a share within its group (hsdp)."""
+    shard_workers: int = 1
+    """Workers of an hsdp group: those that share one copy."""
+    activation_checkpointing: bool = False
+    """Whether activations of the joint layers are computed again in the backward pass instead of kept."""
+    grad_norm_limit: float = 1e4
+    """A step with a larger gradient norm, or one that is not finite, is skipped."""
+    max_skipped_in_a_row: int = 10
+    """Skipped steps after which the run fails."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, on the device."""
+
+    loss: Tensor
+    """Mean over the valid action entries of the global batch."""
+    grad_norm: Tensor
+    """Before clipping."""
+    skipped: Tensor
+    """Whether the step changed nothing."""
+    lr: float
+
+
+class Engine:
+    """A policy and its optimiser on this worker; `torch.distributed` must be initialised.
+
+    Args:
+        policy: whole, on its device, the same on every worker; it is sharded in place if `train` says so.
+        train: what is computed.
+    """
+
+    def __init__(self, policy: "SmolVLAPolicy", train: TrainConfig) -> None:
+        self.policy, self.train, self.device = policy, train, policy.device
+        self.num_workers = dist.get_world_size()
+        self.accumulation = train.batch_size // (train.micro_batch * self.num_workers)
+        if train.activation_checkpointing:
+            policy.gradient_checkpointing_enable()
+        if train.parallel != "ddp":
+            self._shard()
+        if train.compile:
+            policy.compile_layers()
+        # FSDP2 computes in bfloat16 by itself; here autocast does.
+        self._autocast = train.parallel == "ddp" and train.precision == "bfloat16"
+        replicate = train.parallel == "ddp" and self.num_workers > 1
+        self._model = DistributedDataParallel(policy) if replicate else policy
+        self.optimizer = adamw(policy, policy.config)
+
+    def _shard(self) -> None:
+        settings: dict[str, Any] = {}
+        if self.train.precision == "bfloat16":
+            settings["mp_policy"] = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
+        shape, names = (self.num_workers,), ("shard",)
+        if self.train.parallel == "hsdp":
+            groups = self.num_workers // self.train.shard_workers
+            shape, names = (groups, self.train.shard_workers), ("replicate", "shard")
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        self.policy.shard(mesh=mesh, **settings)
+
+    def step(self, step: int, micro_batches: Iterable[tuple[int, dict[str, Tensor]]]) -> StepResult:
+        """Train on this worker's `accumulation` micro-batches (m, columns) of optimiser step `step`."""
+        totals = torch.zeros(2, device=self.device)
+        for i, (number, batch) in enumerate(micro_batches):
+            with self._gradients_synchronised(i == self.accumulation - 1):
+                totals += self._backward(number, batch)
+        dist.all_reduce(totals)
+        return self._update(step, loss_sum=totals[0], num_valid=totals[1])
+
+    @contextlib.contextmanager
+    def _gradients_synchronised(self, now: bool) -> Any:  # noqa: FBT001 -- reads as a sentence
+        if isinstance(self._model, DistributedDataParallel):
+            with contextlib.nullcontext() if now else self._model.no_sync():
+                yield
+            return
+        if self.train.parallel != "ddp":
+            self.policy.set_requires_gradient_sync(now)  # pyright: ignore[reportCallIssue] - FSDP2's method
+        yield
+
+    def _backward(self, number: int, batch: dict[str, Tensor]) -> Tensor:
+        """Add to the gradients; returns (loss sum, valid entries)."""
+        train = self.train
+        inputs = self.policy.prepare_inputs(batch)
+        samples, *chunk = inputs["actions"].shape
+        # on the CPU: the same on any device
+        generator = torch.Generator().manual_seed(noise_seed(train.seed, number))
+        noise = sample_noise((samples * train.repeated_noise, *chunk), generator)
+        times = sample_time(len(noise), generator).to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            out = self._model(
+                **inputs,
+                noise=noise.to(self.device, non_blocking=True),
+                time=times,
+                repeated_noise=train.repeated_noise,
+            )
+        out["loss_sum"].backward()
+        return torch.stack([out["loss_sum"].detach(), out["num_valid"].float()])
+
+    def _update(self, step: int, *, loss_sum: Tensor, num_valid: Tensor) -> StepResult:
+        config, train = self.policy.config, self.train
+        parameters = [p for p in self.policy.parameters() if p.grad is not None]
+        gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+        # DDP and FSDP2 averaged over the workers what should be summed and divided by the global count.
+        torch._foreach_mul_(gradients, self.num_workers / num_valid)  # pyright: ignore[reportCallIssue] - a tensor is taken
+        grad_norm = clip_gradients(parameters, config.optimizer_grad_clip_norm)
+        loss = loss_sum / num_valid
+        good = torch.isfinite(loss) & (grad_norm <= train.grad_norm_limit)  # False where the norm is NaN
+        lr = config.optimizer_lr * lr_factor(
+            step - 1,
+            warmup_steps=config.scheduler_warmup_steps,
+            decay_steps=train.decay_steps,
+            total_steps=train.steps,
+            peak_lr=config.optimizer_lr,
+            decay_lr=config.scheduler_decay_lr,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # What a gradient scaler would set: the fused kernel leaves weights, moments and count as they are.
+        self.optimizer.found_inf = (~good).float()  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss=loss, grad_norm=grad_norm, skipped=~good, lr=lr)
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """This worker's share of a sharded gradient, or the gradient."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
