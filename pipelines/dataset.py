@@ -135,8 +135,12 @@ def open_dataset(uri: str) -> EpisodeDataset:
     filesystem, root = filesystem_of(uri)
     info = _json(filesystem, root, "meta/info.json", uri=uri)
     _check_info(info, uri=uri)
-    stats = _json(filesystem, root, "meta/stats.json", uri=uri)
+    # after an append the newest statistics and report lie where info.json says (pipelines/output.py)
+    metadata = info.get("metadata_path", "meta")
+    stats = _json(filesystem, root, f"{metadata}/stats.json", uri=uri)
     episodes = _episodes(filesystem, root, uri=uri)
+    # an append that is under way has written rows that info.json does not count yet
+    episodes = episodes.slice(0, info.get("total_episodes", len(episodes)))
     length = episodes["length"].to_numpy()
     if len(length) == 0 or length.min() < 1:
         raise ValueError(
@@ -155,12 +159,12 @@ def open_dataset(uri: str) -> EpisodeDataset:
         uri=uri,
         info=info,
         stats=stats,
-        tasks=_tasks(filesystem, root, uri=uri),
+        tasks=_tasks(filesystem, root, uri=uri)[: info.get("total_tasks")],
         files=tuple(files),
         episode_index=episodes["episode_index"].to_numpy(),
         episode_length=length,
         row_groups=row_groups,
-        fingerprint=_fingerprint(filesystem, root, files),
+        fingerprint=_fingerprint(filesystem, root, files, metadata=metadata),
     )
 
 
@@ -291,9 +295,9 @@ def _footer_row_groups(
     return RowGroups(*columns)
 
 
-def _fingerprint(filesystem: pafs.FileSystem, root: str, files: list[str]) -> str:
+def _fingerprint(filesystem: pafs.FileSystem, root: str, files: list[str], *, metadata: str) -> str:
     """Our ingestion's digest of the content; for others' datasets one of metadata and file sizes."""
-    report = f"{root}/meta/ingest.json"
+    report = f"{root}/{metadata}/ingest.json"
     if filesystem.get_file_info(report).type == pafs.FileType.File:
         with filesystem.open_input_stream(report) as stream:
             return json.loads(stream.read())["fingerprint"]

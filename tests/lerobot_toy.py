@@ -4,6 +4,7 @@ The videos are lossless h264 with B-frames and one key frame a file, so that pic
 versions and a reader that seeks or counts carelessly is found out.
 """
 
+import io
 import json
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
+
+from pipelines.sources import Refusal, RefusedEpisodeError
+from pipelines.sources.lerobot import LeRobotSource
 
 FPS = 10
 HEIGHT, WIDTH = 32, 48
@@ -154,10 +159,6 @@ def write_v30(root: Path, lengths: dict[int, int], *, images: bool = False) -> P
 
 
 def png(frame: np.ndarray) -> bytes:
-    import io
-
-    from PIL import Image
-
     out = io.BytesIO()
     Image.fromarray(frame).save(out, "PNG")
     return out.getvalue()
@@ -172,3 +173,39 @@ def edit(path: Path, change) -> None:
 
 def replaced(table: pa.Table, name: str, values) -> pa.Table:
     return table.set_column(table.column_names.index(name), name, pa.array(values))
+
+
+def with_value(table: pa.Table, name: str, row: int, value) -> pa.Table:
+    values = table[name].to_pylist()
+    values[row] = value
+    return replaced(table, name, values)
+
+
+def change_info(root: Path, **fields) -> None:
+    """Set fields of info.json; `...` removes one."""
+    path = root / "meta/info.json"
+    info = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in info.items() if value is not ...}))
+
+
+def change_features(root: Path, **features) -> None:
+    """Set features of info.json, dots written as __; `...` removes one."""
+    declared = json.loads((root / "meta/info.json").read_text())["features"]
+    declared |= {name.replace("__", "."): feature for name, feature in features.items()}
+    change_info(root, features={name: f for name, f in declared.items() if f is not ...})
+
+
+def read(root, *, units: list[int] | None = None, **options):
+    """Return all episodes with their frames, and all refusals."""
+    source = LeRobotSource(uri=str(root), **options)
+    listed = source.listing().units
+    episodes, refusals = {}, []
+    for item in source.episodes(listed if units is None else [listed[i] for i in units]):
+        if isinstance(item, Refusal):
+            refusals.append(item)
+            continue
+        try:
+            episodes[item.name] = (item, {name: np.stack(list(f)) for name, f in item.cameras.items()})
+        except RefusedEpisodeError as error:
+            refusals.append(error.refusal)
+    return episodes, refusals

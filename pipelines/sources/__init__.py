@@ -12,7 +12,8 @@ register. Adding a format is one file here, one job in `jobs/` and one test:
    neighbours, and is consumed before the next one is asked for.
 3. Cameras are iterators. Frames are pulled a few at a time and encoded at once, so an episode never lies in
    memory whole. A camera that turns out broken halfway raises `RefusedEpisodeError`; the writer then drops
-   what it had.
+   what it had. A source whose images are JPEG or PNG files already may hand over their bytes instead
+   (`encoded_cameras`), and they are stored as they are.
 
 The writer checks what is common to all sources (widths, dtypes, finite values, frame sizes, frames == rows)
 and makes the default columns itself: `timestamp`, `frame_index`, `episode_index`, `index`, `task_index`.
@@ -84,6 +85,9 @@ class Episode:
     """Everything but cameras: (L, D) for a vector of width D, (L,) for a scalar or a string."""
     cameras: Mapping[str, Iterator[np.ndarray]]
     """For every camera its L frames in order, uint8 (H, W, 3) RGB. Different cameras are pulled in turn."""
+    encoded_cameras: Mapping[str, Iterator[bytes]] = field(default_factory=dict)
+    """Cameras whose L images are JPEG or PNG files: the writer decodes them for the statistics and stores the
+    bytes unchanged, unless they must be shrunk. A camera stands here or in `cameras`."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """JSON facts worth keeping in `meta/ingest.json`, such as the attempts a simulator needed."""
 
@@ -124,3 +128,14 @@ def is_camera(feature: Feature) -> bool:
 
 def is_number(feature: Feature) -> bool:
     return feature["dtype"] not in ("image", "string")
+
+
+def feature_difference(one: Mapping[str, Feature], other: Mapping[str, Feature]) -> str | None:
+    """Say what one table of features has and the other has not; None: they describe the same columns."""
+    for name in dict.fromkeys([*one, *other]):
+        if name not in one or name not in other:
+            return f"feature {name!r}" if name in one else f"no feature {name!r}"
+        for key in ("dtype", "shape", "names"):
+            if one[name].get(key) != other[name].get(key):
+                return f"feature {name!r} with {key} {one[name].get(key)} and not {other[name].get(key)}"
+    return None

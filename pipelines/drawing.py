@@ -1,0 +1,217 @@
+"""Pictures of an episode dataset for a person's eye: a contact sheet of frames, and curves of one episode."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image, ImageDraw, ImageFont
+
+from pipelines.inspection import Look, counted
+
+TILE_PX = 220
+"""Side of the square that every image is fitted into."""
+GAP_PX = 6
+MARGIN_PX = 18
+LABEL_PX = 26
+"""Width of the camera's name, which stands upright left of its images."""
+INK, GREY, MISSING = "#1b1f24", "#5b6470", "#c0392b"
+STATE_COLOUR, ACTION_COLOUR = "#1f6fb4", "#d9730d"
+PANELS_ACROSS = 4
+CHARACTERS_A_PANEL = 40
+"""Of the title's type, above one panel."""
+MOST_PANELS = 64
+"""More numbers than these are left out of the figure, whose title says so."""
+
+
+# --- the contact sheet ---
+
+
+def contact_sheet(looks: Sequence[Look], *, title: str, fps: float) -> Image.Image:
+    """Draw a band for every episode: its instruction, then a line of images for every camera."""
+    moments = max(len(look.frames) for look in looks)
+    width = 2 * MARGIN_PX + LABEL_PX + moments * (TILE_PX + GAP_PX) - GAP_PX
+    bands = [_band(look, width=width, fps=fps) for look in looks]
+    title_font = _font(20, bold=True)
+    top = MARGIN_PX + 38
+    sheet = Image.new("RGB", (width, top + sum(band.height for band in bands) + MARGIN_PX), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text(
+        (MARGIN_PX, MARGIN_PX), _shortened(title, title_font, width - 2 * MARGIN_PX), INK, font=title_font
+    )
+    for band in bands:
+        sheet.paste(band, (0, top))
+        top += band.height
+    return sheet
+
+
+def _band(look: Look, *, width: int, fps: float) -> Image.Image:
+    heights = {camera: _tile_height(images) for camera, images in look.images.items()}
+    caption_px, header_px = 22, 34
+    height = header_px + sum(tile + caption_px for tile in heights.values()) + 14
+    band = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(band)
+    draw.line([(MARGIN_PX, 4), (width - MARGIN_PX, 4)], fill="#d0d5da")
+    head = f"episode {look.episode}   {counted(look.num_frames, 'frame')}, {look.num_frames / fps:.1f} s   "
+    draw.text((MARGIN_PX, 12), head, INK, font=_font(15, bold=True))
+    left = MARGIN_PX + _font(15, bold=True).getlength(head)
+    told = " | ".join(look.tasks)
+    draw.text((left, 12), _shortened(told, _font(15), width - MARGIN_PX - left), INK, font=_font(15))
+    top = header_px
+    for camera, images in look.images.items():
+        label = _upright(camera.removeprefix("observation.images."), length=heights[camera])
+        band.paste(label, (MARGIN_PX, top))
+        for place, (frame, image) in enumerate(zip(look.frames, images, strict=True)):
+            left = MARGIN_PX + LABEL_PX + place * (TILE_PX + GAP_PX)
+            band.paste(_tile(image, height=heights[camera]), (left, top))
+            caption = f"{frame / fps:.1f} s   frame {frame}"
+            draw.text((left, top + heights[camera] + 2), caption, GREY, font=_font(12))
+        top += heights[camera] + caption_px
+    return band
+
+
+def _tile_height(images: Sequence[Image.Image | None]) -> int:
+    sizes = [_fitted(image)[1] for image in images if image is not None]
+    return max(sizes, default=TILE_PX // 2)
+
+
+def _fitted(image: Image.Image) -> tuple[int, int]:
+    scale = TILE_PX / max(image.size)
+    return max(round(image.width * scale), 1), max(round(image.height * scale), 1)
+
+
+def _tile(image: Image.Image | None, *, height: int) -> Image.Image:
+    if image is not None:
+        return image.resize(_fitted(image), Image.Resampling.BICUBIC)
+    tile = Image.new("RGB", (TILE_PX, height), "#fdecea")
+    ImageDraw.Draw(tile).text(
+        (TILE_PX // 2, height // 2), "unreadable", MISSING, font=_font(15, bold=True), anchor="mm"
+    )
+    return tile
+
+
+def _upright(text: str, *, length: int) -> Image.Image:
+    label = Image.new("RGB", (length, LABEL_PX), "white")
+    font = _font(13)
+    ImageDraw.Draw(label).text(
+        (length // 2, LABEL_PX // 2), _shortened(text, font, length), GREY, font=font, anchor="mm"
+    )
+    return label.rotate(90, expand=True)
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Cut a text to one line of at most `width` pixels."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text} ...") > width:
+        text = text[:-1]
+    return f"{text.rstrip()} ..."
+
+
+def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Return the font that matplotlib ships: a cluster's node may have none of its own."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(mpl.get_data_path(), "fonts/ttf", name)), size)
+
+
+# --- the curves ---
+
+
+def curves(
+    vectors: Mapping[str, np.ndarray], names: Mapping[str, Sequence[str]], *, title: str, fps: float
+) -> Figure:
+    """Draw a panel for every number of state and action over the seconds of one episode.
+
+    Args:
+        vectors: `observation.state` and `action`, each (L, D).
+        names: For each the names of its D numbers; numbers of the same name share a panel.
+        title: Two lines, each cut to the width of the figure.
+        fps: Frames a second.
+    """
+    state, action = "observation.state", "action"
+    panels = _panels(names[state], names[action])
+    shown = panels[:MOST_PANELS]
+    if len(panels) > len(shown):
+        title += f"\nThe first {len(shown)} of {len(panels)} panels."
+    across = min(PANELS_ACROSS, len(shown))
+    down = -(-len(shown) // across)
+    figure = Figure(figsize=(4.0 * across + 0.5, 1.9 * down + 1.1), dpi=100, layout="constrained")
+    axes = figure.subplots(down, across, sharex=True, squeeze=False).ravel()
+    time_s = np.arange(len(vectors[state])) / fps
+    for axis, (state_number, action_number) in zip(axes, shown, strict=False):
+        state_curve = None if state_number is None else vectors[state][:, state_number]
+        action_curve = None if action_number is None else vectors[action][:, action_number]
+        label = _panel_label(names, state_number, action_number)
+        _draw_panel(axis, time_s, state_curve, action_curve, label=label)
+    for axis in axes[len(shown) :]:
+        axis.set_visible(False)
+    for place, axis in enumerate(axes[: len(shown)]):
+        if place + across >= len(shown):  # nothing stands below it
+            axis.set_xlabel("time [s]", fontsize=9)
+            axis.tick_params(labelbottom=True)
+    _legend(figure)
+    lines = [
+        textwrap.shorten(line, CHARACTERS_A_PANEL * across, placeholder=" ...") for line in title.split("\n")
+    ]
+    figure.suptitle("\n".join(lines), fontsize=12, parse_math=False)  # an instruction may have dollar signs
+    return figure
+
+
+def _panels(state: Sequence[str], action: Sequence[str]) -> list[tuple[int | None, int | None]]:
+    """Pair numbers of state and action that have the same name; names that are numbers say nothing."""
+    partner = {
+        name: number
+        for number, name in enumerate(action)
+        if not name.isdecimal() and action.count(name) == state.count(name) == 1
+    }
+    panels: list[tuple[int | None, int | None]] = [
+        (number, partner.get(name)) for number, name in enumerate(state)
+    ]
+    paired = {number for _, number in panels}
+    return panels + [(None, number) for number in range(len(action)) if number not in paired]
+
+
+def _panel_label(names: Mapping[str, Sequence[str]], state: int | None, action: int | None) -> str:
+    if state is not None and action is not None:
+        return names["action"][action]
+    kind, number, all_names = (
+        ("action", action, names["action"]) if state is None else ("state", state, names["observation.state"])
+    )
+    assert number is not None
+    return f"{kind} {all_names[number]}"
+
+
+def _draw_panel(
+    axis: Axes, time_s: np.ndarray, state: np.ndarray | None, action: np.ndarray | None, *, label: str
+) -> None:
+    marker = "." if len(time_s) < 3 else None  # a line through one frame would be invisible
+    if state is not None:
+        axis.plot(time_s, state, color=STATE_COLOUR, linewidth=1.2, marker=marker)
+    if action is not None:
+        other = axis
+        if state is not None and not _comparable(state, action):
+            other = axis.twinx()
+            other.tick_params(axis="y", labelsize=7, colors=ACTION_COLOUR)
+            axis.tick_params(axis="y", colors=STATE_COLOUR)
+        other.plot(time_s, action, color=ACTION_COLOUR, linewidth=1.0, marker=marker, alpha=0.9)
+    axis.set_title(label, fontsize=9, loc="left", pad=3, parse_math=False)
+    axis.tick_params(labelsize=7)
+    axis.grid(visible=True, color="#e3e6ea", linewidth=0.6)
+    axis.margins(x=0.01)
+
+
+def _comparable(state: np.ndarray, action: np.ndarray) -> bool:
+    """Whether both can be read on one axis: an absolute position and a small step per frame cannot."""
+    together = np.ptp(np.concatenate([state, action]))
+    return bool(together <= 3 * min(np.ptp(state), np.ptp(action)))
+
+
+def _legend(figure: Figure) -> None:
+    lines = [Line2D([], [], color=STATE_COLOUR), Line2D([], [], color=ACTION_COLOUR)]
+    names = ["observation.state", "action"]
+    figure.legend(lines, names, loc="outside lower right", ncols=2, fontsize=9, frameon=False)

@@ -1,0 +1,75 @@
+"""LeRobot itself loads what we save, acts the same, and saves what we load; needs LEROBOT_PYTHON."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from parity import Golden, relative_error
+from safetensors.torch import load_file, save_file
+
+from smolvla import SmolVLAPolicy
+
+STATS = {
+    "observation.state": {"mean": [0.3] * 7, "std": [1.5] * 7},
+    "action": {"mean": [2.0, -1.0, 0.5, 0.0, 1.0, 3.0, -2.0], "std": [1.0, 2.0, 0.5, 1.0, 1.0, 4.0, 1.0]},
+}
+TASKS = ["pick up the cube", "open the drawer\n", "push"]
+# Runs in LeRobot's Python; argv: our checkpoint, the observations, the answer, LeRobot's checkpoint.
+SCRIPT = """
+import json, sys
+import torch
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from safetensors.torch import load_file, save_file
+
+ours, observations, answer, theirs = sys.argv[1:]
+policy = SmolVLAPolicy.from_pretrained(ours).eval()
+before, after = make_pre_post_processors(policy.config, pretrained_path=ours)
+tensors = load_file(observations)
+noise = tensors.pop("noise")
+batch = {n: t.float() / 255 if t.dtype == torch.uint8 else t for n, t in tensors.items()}
+batch["task"] = json.loads(sys.stdin.read())
+save_file({"chunk": after(policy.predict_action_chunk(before(batch), noise=noise)).contiguous()}, answer)
+policy.save_pretrained(theirs)
+before.save_pretrained(theirs)
+after.save_pretrained(theirs)
+"""
+
+
+@pytest.mark.skipif("LEROBOT_PYTHON" not in os.environ, reason="LEROBOT_PYTHON names no Python with lerobot")
+def test_lerobot_acts_like_us_on_our_checkpoint_and_we_load_what_it_saves(tmp_path):
+    golden = Golden("default")
+    golden.policy().save_pretrained(tmp_path / "ours", stats=STATS)
+    policy = SmolVLAPolicy.from_pretrained(tmp_path / "ours").eval()
+    columns = [*policy.config.camera_names, "observation.state"]
+    batch = {name: golden.batch[name].contiguous() for name in columns}
+    expected = policy.predict_actions(batch | {"task": TASKS}, golden.draw["noise"])
+
+    save_file(batch | {"noise": golden.draw["noise"]}, tmp_path / "observations")
+    paths = [str(tmp_path / name) for name in ("ours", "observations", "answer", "theirs")]
+    subprocess.run(
+        [os.environ["LEROBOT_PYTHON"], "-c", SCRIPT, *paths],
+        input=json.dumps(TASKS),
+        text=True,
+        check=True,
+        timeout=300,
+        cwd=tmp_path / "ours",  # LeRobot looks for a VLM that is a folder, vlm/, from where it runs
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+    )
+    assert relative_error(load_file(tmp_path / "answer")["chunk"], expected) < 1e-5
+
+    shutil.copytree(tmp_path / "ours/vlm", tmp_path / "theirs/vlm")
+    returned = SmolVLAPolicy.from_pretrained(tmp_path / "theirs").eval()
+    weights = policy.state_dict()
+    assert returned.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in returned.state_dict().items())
+    for feature, values in STATS.items():
+        for name, value in values.items():
+            torch.testing.assert_close(
+                torch.as_tensor(returned.processor.stats[feature][name]), torch.tensor(value)
+            )
+    again = returned.predict_actions(batch | {"task": TASKS}, golden.draw["noise"])
+    assert relative_error(again, expected) < 1e-5
