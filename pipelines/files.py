@@ -48,9 +48,10 @@ def remove_temporaries(filesystem: pafs.FileSystem, root: str) -> None:
             filesystem.delete_file(entry.path)
 
 
-def write_json(filesystem: pafs.FileSystem, path: str, content: Any) -> None:
+def write_json(filesystem: pafs.FileSystem, path: str, content: Any, *, indent: int | None = 2) -> None:
+    text = json.dumps(content, indent=indent, ensure_ascii=False).encode()
     with atomic_stream(filesystem, path) as stream:
-        stream.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
+        stream.write(text)
 
 
 def read_json(filesystem: pafs.FileSystem, path: str) -> Any:
@@ -61,6 +62,12 @@ def read_json(filesystem: pafs.FileSystem, path: str) -> Any:
 def write_parquet(filesystem: pafs.FileSystem, path: str, table: pa.Table) -> None:
     with atomic_stream(filesystem, path) as stream:
         pq.write_table(table, stream)
+
+
+def copy_file(filesystem: pafs.FileSystem, source: str, target: str) -> None:
+    """Replace `target` in one step by what `source` holds; for small files."""
+    with filesystem.open_input_stream(source) as content, atomic_stream(filesystem, target) as stream:
+        stream.write(content.read())
 
 
 def exists(filesystem: pafs.FileSystem, path: str) -> bool:

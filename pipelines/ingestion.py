@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import cv2
-import pyarrow.fs as pafs
 import ray
 
-from pipelines import sealing, writer
-from pipelines.dataset import filesystem_of
+from pipelines import output, sealing, writer
 from pipelines.sources import Listing, Source, Unit
+
+UNSEALED_PATH = f"{writer.STAGING}/refused.parquet"
+"""Where refusals and warnings are listed when there are too many of them for a dataset."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ def ingest(
     code_version: str | None,
     start_ray: Callable[[], None],
     on_progress: Callable[[Progress], None],
+    append: bool = False,
 ) -> dict[str, Any]:
     """Turn a source into an episode dataset at `uri` and return what its `meta/ingest.json` says.
 
@@ -64,6 +66,7 @@ def ingest(
         code_version: Git commit for the record.
         start_ray: Called once the input was found good, before the first task.
         on_progress: Called with every finished part.
+        append: Add the episodes to the complete dataset at `uri`; a source it has already is not added again.
 
     Raises:
         ValueError: the source or the output cannot be used; raised before `start_ray`.
@@ -72,56 +75,50 @@ def ingest(
     if not 0 <= max_refused <= 1:
         raise ValueError(f"max_refused {max_refused} is not within 0..1")
     listing = source.listing()
-    filesystem, root = filesystem_of(uri)
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        uri = root  # absolute: a worker may stand in another folder
-    with writer.exclusive(uri):
-        report = writer.complete_report(uri, listing, options)
-        if report is not None:
-            sealing.clear_staging(uri)
-            return report | {"already_complete": True}
-        layout = writer.layout_of(uri, listing, options)
-        writer.begin(uri, listing, options)
+    uri = output.absolute(uri)
+    with output.exclusive(uri):
+        output.settle(uri)
+        target = output.opened(uri, listing, options, append=append)
+        if target.report is not None:
+            return target.report | {"already_complete": True}
+        output.begin(target, listing)
         start_ray()
-        outcomes = _stage(source, listing, layout, on_progress=on_progress)
+        outcomes = _stage(source, listing, target.layout, on_progress=on_progress)
+        _check_share(uri, listing, outcomes, max_refused=max_refused)
         records = [record for outcome in outcomes for record in outcome["episodes"]]
-        refusals = [refusal for outcome in outcomes for refusal in outcome["refusals"]]
-        _check_share(records, refusals, max_refused=max_refused)
-        tasks = writer.all_tasks(listing, records)
-        shards = writer.shards_of(records, tasks, options)
-        _assemble(layout, shards)
+        tasks = writer.all_tasks((*target.base.tasks, *listing.tasks), records)
+        shards = writer.shards_of(records, tasks, options, first=target.base.numbering)
+        _assemble(target.layout, shards)
         report = sealing.seal(
-            layout,
-            listing,
-            records=records,
-            refusals=refusals,
-            shards=shards,
-            tasks=tasks,
-            code_version=code_version,
+            target, listing, outcomes=outcomes, shards=shards, tasks=tasks, code_version=code_version
         )
         return report | {"already_complete": False}
 
 
 def _check_share(
-    records: Sequence[writer.Record], refusals: Sequence[dict[str, Any]], *, max_refused: float
+    uri: str, listing: Listing, outcomes: Sequence[writer.Outcome], *, max_refused: float
 ) -> None:
-    report = sealing.counts(records, refusals)
-    refused, total = report["refused_episodes"], report["refused_episodes"] + len(records)
-    if refused > max_refused * total:
-        raise TooManyRefusedError(
-            f"{refused} of {total} episodes are refused, max_refused allows {max_refused:g} of them", report
-        )
-    if not records:
+    """Raise if too little is left; the list of what was refused is written first."""
+    report = sealing.counts(outcomes)
+    refused, accepted = report["refused_episodes"], report["episodes"]
+    total = refused + accepted
+    if refused <= max_refused * total and accepted:
+        return
+    noted = list(sealing.noted_rows(listing, outcomes))
+    sealing.write_noted(uri, noted, path=UNSEALED_PATH)
+    if not accepted:
         raise TooManyRefusedError(f"none of {total} episodes is left", report)
+    raise TooManyRefusedError(
+        f"{refused} of {total} episodes are refused, max_refused allows {max_refused:g} of them", report
+    )
 
 
 def _stage(
     source: Source, listing: Listing, layout: writer.Layout, *, on_progress: Callable[[Progress], None]
-) -> list[dict[str, Any]]:
+) -> list[writer.Outcome]:
     """Stage every part that no earlier run completed; return all outcomes in the order of the parts."""
     parts = writer.parts_of(listing.units)
-    earlier = ((part, writer.staged_part(layout.uri, part)) for part in range(len(parts)))
-    outcomes = {part: outcome for part, outcome in earlier if outcome is not None}
+    outcomes = writer.staged_parts(layout.uri)
     meter = _Meter(parts, outcomes, on_progress)
     source_ref, layout_ref = ray.put(source), ray.put(layout)
     task = _stage_part.options(runtime_env={"env_vars": dict(listing.worker_env)})

@@ -1,22 +1,24 @@
 """Exact statistics of a dataset, computed in pieces that can be merged in any grouping.
 
-`D` width of a vector, `N` rows. Means and variances are float64 and merged pairwise (Chan, Golub and LeVeque
-1979), so they agree with numpy on the concatenation to the last few bits; counts, minima, maxima and pixel
-histograms merge without any rounding. Standard deviations are population ones, as LeRobot's.
+`D` width of a vector, `N` rows, `E` groups of rows, `H` and `W` height and width of a frame. Means and
+variances are float64 and merged around the common mean, so they agree with numpy on the concatenation to the
+last few bits; counts, minima, maxima and pixel histograms merge without any rounding. Standard deviations are
+population ones, as LeRobot's.
 
 Quantiles are exact and interpolated like `numpy.quantile`. A camera's follow from its 256-level histogram. A
 vector's need its values: `quantiles` takes one column of the whole dataset at a time, which bounds the memory
-at N * D * 12 bytes (the float32 values and one float64 copy): 1.7 GB for 10 million frames of a 14-wide
-action.
+at N * (4 D + 16) bytes (the float32 values, one dimension as float64 and its partial sort): 0.7 GB for 10
+million frames of a 14-wide action.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import cv2
 import numpy as np
+from PIL import Image
 
+COUNTED_BYTES = 16 * 1024**2
+"""Frames that `PixelCounter` holds before it counts; asking Pillow costs 0.1 ms, whatever the size."""
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 """LeRobot's names."""
 
@@ -46,31 +48,27 @@ def moments(values: np.ndarray) -> Moments:
     return Moments(len(rows), rows.min(axis=0), rows.max(axis=0), mean, ((rows - mean) ** 2).sum(axis=0))
 
 
-def merged(a: Moments, b: Moments) -> Moments:
-    """Return the moments of the rows of both."""
-    count = a.count + b.count
-    delta = b.mean - a.mean
-    return Moments(
-        count,
-        np.minimum(a.min, b.min),
-        np.maximum(a.max, b.max),
-        a.mean + delta * (b.count / count),
-        a.m2 + b.m2 + delta**2 * (a.count * b.count / count),
-    )
+def merged(
+    *, count: np.ndarray, low: np.ndarray, high: np.ndarray, mean: np.ndarray, std: np.ndarray
+) -> Moments:
+    """Return the moments of all rows from those of E disjoint groups of rows: count (E,), others (E, D)."""
+    weights = count[:, None].astype(np.float64)
+    total = int(count.sum())
+    overall = _summed(weights * mean) / total
+    m2 = _summed(weights * (std**2 + (mean - overall) ** 2))
+    return Moments(total, low.min(axis=0), high.max(axis=0), overall, m2)
 
 
-def merged_all(parts: Sequence[Moments]) -> Moments:
-    """Merge neighbours until one is left, so that rounding grows with the logarithm of their number."""
-    level = list(parts)
-    while len(level) > 1:
-        level = [reduce(merged, level[i : i + 2]) for i in range(0, len(level), 2)]
-    return level[0]
+def _summed(rows: np.ndarray) -> np.ndarray:
+    """Sum over the groups, pairwise as numpy does along the last axis, which keeps the rounding small."""
+    return np.ascontiguousarray(rows.T).sum(axis=1)
 
 
 def quantiles(values: np.ndarray) -> Stats:
     """Return the exact quantiles of rows (N, D), interpolated linearly."""
-    levels = np.quantile(values.astype(np.float64), list(QUANTILES.values()), axis=0)
-    return dict(zip(QUANTILES, levels, strict=True))
+    fractions = list(QUANTILES.values())
+    levels = [np.quantile(column.astype(np.float64), fractions) for column in values.T]  # one copy at a time
+    return dict(zip(QUANTILES, np.stack(levels, axis=1), strict=True))
 
 
 def vector_stats(column: Moments, column_quantiles: Stats) -> Stats:
@@ -84,11 +82,68 @@ def vector_stats(column: Moments, column_quantiles: Stats) -> Stats:
     } | column_quantiles
 
 
-def pixel_histogram(frame: np.ndarray) -> np.ndarray:
-    """Count the levels of a uint8 frame (H, W, 3): int64 (3, 256). Histograms of more frames are sums."""
-    counts = [cv2.calcHist([frame], [channel], None, [256], [0, 256]) for channel in range(3)]
-    # OpenCV 4 returns (256, 1), OpenCV 5 (256,); its float32 counts are exact below 2**24 pixels a frame
-    return np.stack(counts).reshape(3, 256).astype(np.int64)
+def row_stats(values: np.ndarray) -> Stats:
+    """Return LeRobot's entry for rows (N, D)."""
+    return vector_stats(moments(values), quantiles(values))
+
+
+def counting_stats(first: int, length: int) -> Stats:
+    """Return LeRobot's entry for the numbers first, first + 1, ... without looking at them."""
+    last = length - 1
+    stats = {
+        "min": first,
+        "max": first + last,
+        "mean": first + last / 2,
+        "std": np.sqrt((length**2 - 1) / 12),
+    } | {name: first + q * last for name, q in QUANTILES.items()}
+    return {name: np.array([float(value)]) for name, value in stats.items()} | {"count": np.array([length])}
+
+
+class PixelCounter:
+    """Counts the levels of the frames of one camera, exactly, a few frames at a time.
+
+    A counter that is raised again before its last value is stored makes the processor wait, and neighbouring
+    pixels are alike. Pillow counts four interleaved bands into four tables; a plane read as such an image has
+    neighbours in different tables, and the tables are added. Measured for 480x640: 0.65 ms a frame, 1.0 ms
+    with OpenCV's calcHist, 2.5 ms with numpy's bincount.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        """Reserve the planes of some frames."""
+        self.capacity = max(1, min(16, COUNTED_BYTES // (height * width * 3)))
+        self.height = height
+        self.frame_pixels = height * width
+        padded = -(-self.capacity * self.frame_pixels // 4) * 4
+        self.planes = np.zeros((3, padded), np.uint8)
+        self.slots = [
+            [plane[start : start + self.frame_pixels].reshape(height, width) for plane in self.planes]
+            for start in range(0, self.capacity * self.frame_pixels, self.frame_pixels)
+        ]
+        self.filled = 0
+        self.counted = np.zeros((3, 256), np.int64)
+
+    def add(self, frame: np.ndarray) -> None:
+        """Take in one uint8 frame (H, W, 3)."""
+        cv2.split(frame, self.slots[self.filled])
+        self.filled += 1
+        if self.filled == self.capacity:
+            self._count()
+
+    def histogram(self) -> np.ndarray:
+        """Return int64 (3, 256) over all frames so far; histograms of more frames are sums."""
+        if self.filled:
+            self._count()
+        return self.counted.copy()
+
+    def _count(self) -> None:
+        num_pixels = self.filled * self.frame_pixels
+        padded = -(-num_pixels // 4) * 4
+        self.planes[:, num_pixels:padded] = 0
+        for plane, counted in zip(self.planes, self.counted, strict=True):
+            quads = Image.frombuffer("RGBA", (padded // 4, 1), plane[:padded], "raw", "RGBA", 0, 1)
+            counted += np.array(quads.histogram()).reshape(4, 256).sum(axis=0)
+            counted[0] -= padded - num_pixels
+        self.filled = 0
 
 
 def camera_stats(histogram: np.ndarray, *, num_frames: int) -> Stats:

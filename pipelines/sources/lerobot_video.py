@@ -11,6 +11,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 
 from pipelines.sources import Refusal, RefusedEpisodeError
 from pipelines.sources.lerobot_metadata import Facts, FlawError, Recording
@@ -95,6 +96,7 @@ class _VideoFile:
         """Presentation time of the frame decoded last."""
         self.held: av.VideoFrame | None = None
         """Decoded, but not looked at."""
+        self.reformatter = VideoReformatter()  # one for all: a frame's own builds its tables anew
         self.container = self._opened()
 
     def _opened(self) -> InputContainer:
@@ -179,7 +181,7 @@ class _VideoFile:
             )
         if (frame.height, frame.width) != self.size:
             raise self._wrong_size(frame.height, frame.width)
-        return frame.to_ndarray(format="rgb24")
+        return self.reformatter.reformat(frame, format="rgb24").to_ndarray()
 
     def _next(self) -> av.VideoFrame | None:
         frame, self.held = (self.held or next(self.decoded, None)), None

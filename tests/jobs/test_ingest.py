@@ -12,16 +12,26 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from lerobot_toy import CAMERA, edit, replaced, v21_rows, v21_video, write_v21, write_v30
+from lerobot_toy import (
+    CAMERA,
+    edit,
+    frames_of,
+    replaced,
+    v21_rows,
+    v21_video,
+    write_v21,
+    write_v30,
+    write_video,
+)
 
 from jobs.command_line import parsed
 from jobs.ingest_lerobot import IngestLeRobot
 from jobs.ingest_lerobot import main as ingest_lerobot
 from jobs.ingest_metaworld import IngestMetaWorld
 from jobs.terminal import box_of
-from pipelines import sealing, writer
+from pipelines import output, sealing, writer
 from pipelines.dataset import open_dataset
-from pipelines.ingestion import TooManyRefusedError, ingest
+from pipelines.ingestion import UNSEALED_PATH, TooManyRefusedError, ingest
 from pipelines.sources.lerobot import LeRobotSource
 from pipelines.writer import WriterOptions
 
@@ -30,11 +40,11 @@ SHARED = ROOT.parent / "shared/data"
 LENGTHS = {0: 12, 1: 15, 4: 9}
 
 
-def ingested(source, output, *, max_refused=0.0, **options):
+def ingested(source, folder, *, max_refused=0.0, **options):
     progress = []
     report = ingest(
         LeRobotSource(uri=str(source)),
-        str(output),
+        str(folder),
         options=WriterOptions(**options),
         max_refused=max_refused,
         code_version=None,
@@ -48,9 +58,9 @@ def snapshot(root):
     """Every file's bytes; what the ingestion says of itself without the code's version."""
     files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     about = json.loads(files.pop("meta/ingest.json"))
-    return files, {
-        name: value for name, value in about.items() if name not in ("code_version", "source_location")
-    }
+    for told in (about, *about["history"]):
+        del told["code_version"], told["source_location"]
+    return files, about
 
 
 def own_ray():
@@ -108,22 +118,23 @@ def test_the_shared_twins_become_the_same_dataset(ray_session, tmp_path):
 def test_the_result_does_not_depend_on_who_worked_or_in_which_order(ray_session, v21, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "PART_FRAMES", 1)  # a part for every episode
     ingested(v21, tmp_path / "ray")
-    source, options, output = LeRobotSource(uri=str(v21)), WriterOptions(), str(tmp_path / "alone")
+    source, options = LeRobotSource(uri=str(v21)), WriterOptions()
     listing = source.listing()
-    layout = writer.layout_of(output, listing, options)
-    writer.begin(output, listing, options)
+    target = output.opened(str(tmp_path / "alone"), listing, options, append=False)
+    output.begin(target, listing)
     parts = writer.parts_of(listing.units)
     assert len(parts) == 3
     outcomes = {
-        part: writer.stage_part(source.episodes(parts[part]), layout, part=part)
+        part: writer.stage_part(source.episodes(parts[part]), target.layout, part=part)
         for part in reversed(range(3))
     }
     records = [record for part in range(3) for record in outcomes[part]["episodes"]]
-    tasks = writer.all_tasks(listing, records)
+    tasks = writer.all_tasks(listing.tasks, records)
     shards = writer.shards_of(records, tasks, options)
     for shard in shards:
-        writer.assemble_shard(layout, shard)
-    sealing.seal(layout, listing, records=records, refusals=[], shards=shards, tasks=tasks, code_version=None)
+        writer.assemble_shard(target.layout, shard)
+    ordered = [outcomes[part] for part in range(3)]
+    sealing.seal(target, listing, outcomes=ordered, shards=shards, tasks=tasks, code_version=None)
     assert snapshot(tmp_path / "alone") == snapshot(tmp_path / "ray")
 
 
@@ -135,6 +146,11 @@ def test_refusals_are_counted_and_the_others_sealed_when_allowed(ray_session, br
     ) as error:
         ingested(broken, tmp_path / "out", max_refused=0.5)
     assert error.value.report["refused"] == {"not_finite": 1, "video_missing": 1}
+    listed = pq.read_table(tmp_path / "out" / UNSEALED_PATH).to_pylist()
+    assert [(row["episode"], row["reason"], row["kind"]) for row in listed] == [
+        ("0", "video_missing", "refused"),
+        ("4", "not_finite", "refused"),
+    ]
     assert not (tmp_path / "out/meta/info.json").exists()
     with pytest.raises(ValueError, match="not a complete episode dataset"):
         open_dataset(str(tmp_path / "out"))
@@ -147,6 +163,7 @@ def test_refusals_are_counted_and_the_others_sealed_when_allowed(ray_session, br
         ("0", CAMERA, 0, "video_missing"),
         ("4", None, 0, "not_finite"),
     ]
+    assert pq.read_table(tmp_path / "out/meta/refused.parquet").to_pylist() == listed
     rows = pq.read_table(tmp_path / "out/data/chunk-000/file-000.parquet").to_pydict()
     assert set(rows["episode_index"]) == {0}
     assert rows["index"] == list(range(15))
@@ -228,6 +245,29 @@ def test_a_job_killed_halfway_and_run_again_gives_the_bytes_of_an_uninterrupted_
 # --- the command line ---
 
 
+def test_the_job_says_what_it_refused_and_what_looks_odd_and_where_it_is_listed(
+    ray_session, broken, tmp_path
+):
+    v21_video(broken, 0).unlink()
+    still = np.tile(frames_of(1, 1), (15, 1, 1, 1))
+    write_video(v21_video(broken, 1), still)
+    edit(v21_rows(broken, 4), lambda t: replaced(t, "action", [[0.0, 0.0, float("inf")]] * 9))
+    cluster = os.environ | {"RAY_ADDRESS": ray_session.get_runtime_context().gcs_address}
+    flags = ["--source", str(broken), "--output", str(tmp_path / "out")]
+    failed = run_job("ingest_lerobot", *flags, environment=cluster)
+    assert failed.returncode == 1
+    assert f"refused 0, camera {CAMERA}, frame 0: video_missing" in failed.stderr
+    assert f"all refusals and warnings: {tmp_path}/out/{UNSEALED_PATH}" in failed.stderr
+    assert json.loads(failed.stdout.splitlines()[-1])["refused"] == {"not_finite": 1, "video_missing": 1}
+
+    allowed = run_job("ingest_lerobot", *flags, "--max_refused", "0.7", environment=cluster)
+    assert allowed.returncode == 0, allowed.stderr
+    listed = f"listed in {tmp_path}/out/meta/refused.parquet"
+    assert f"refused: 1 not_finite, 1 video_missing; {listed}" in allowed.stderr.splitlines()
+    assert f"warnings: 1 dead_camera; {listed}" in allowed.stderr.splitlines()
+    assert json.loads(allowed.stdout.splitlines()[-1])["warned"] == {"dead_camera": 1}
+
+
 def test_the_metaworld_job_films_every_task_on_the_cluster_it_is_given(ray_session, tmp_path):
     pytest.importorskip("metaworld", reason="the extra `sim` is not installed")
     cluster = os.environ | {"RAY_ADDRESS": ray_session.get_runtime_context().gcs_address}
@@ -288,6 +328,7 @@ def test_wrong_flags_are_one_line(job, flags, message, capsys):
     [
         ({"image_format": "webp"}, "image_format 'webp' is neither 'jpeg' nor 'png'"),
         ({"resize": "big"}, "resize 'big' is neither a side"),
+        ({"image_format": "as_is"}, "image_format 'as_is' is for datasets whose images are copied"),
         ({"jpeg_quality": 101}, "jpeg_quality 101"),
         ({"max_refused": 1.5}, "max_refused 1.5"),
         ({"tolerance_s": -1.0}, "tolerance_s -1.0"),

@@ -2,6 +2,8 @@
 
 import io
 import json
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines import sealing, writer
+from pipelines import output, sealing, writer
 from pipelines.dataset import open_dataset
 from pipelines.images import encoded_image, fitted_size, shrunk
 from pipelines.sources import Episode, Listing, Refusal, RefusedEpisodeError, Unit
@@ -20,6 +22,11 @@ from pipelines.writer import WriterOptions
 from smolvla import data_utils
 
 CAMERA = "observation.images.top"
+
+
+def episode_frames(number, *, length=20, height=24, width=32):
+    rng = np.random.default_rng(number)
+    return rng.integers(0, 256, (length, height, width, 3), dtype=np.uint8)
 
 
 def listing(num_episodes=3, *, height=24, width=32, **identity):
@@ -47,27 +54,39 @@ def episode(number, *, length=20, task="lift", height=24, width=32, **changes):
         "action": rng.standard_normal((length, 3)),
         "next.reward": rng.standard_normal(length),
     }
-    cameras = {CAMERA: iter(changes.pop("frames", frames))}
+    images = changes.pop("images", None)
+    cameras = {} if images else {CAMERA: iter(changes.pop("frames", frames))}
     return Episode(
-        name=str(number), tasks=[task] * length, columns=columns | changes.pop("columns", {}), cameras=cameras
+        name=str(number),
+        tasks=changes.pop("tasks", [task] * length),
+        columns=columns | changes.pop("columns", {}),
+        cameras=cameras,
+        encoded_cameras={CAMERA: iter(images)} if images else {},
     )
 
 
-def written(root, parts, *, facts=None, **options):
-    """Stage the parts, assemble and seal; return the report."""
+def prepared(root, *, facts=None, append=False, **options):
+    """An output that is begun."""
     facts, options = facts or listing(), WriterOptions(**options)
-    layout = writer.layout_of(str(root), facts, options)
-    writer.begin(str(root), facts, options)
-    outcomes = [writer.stage_part(part, layout, part=number) for number, part in enumerate(parts)]
+    target = output.opened(str(root), facts, options, append=append)
+    output.begin(target, facts)
+    return target, facts
+
+
+def written(root, parts, *, facts=None, append=False, **options):
+    """Stage the parts, assemble and seal; return the report."""
+    target, facts = prepared(root, facts=facts, append=append, **options)
+    outcomes = [writer.stage_part(part, target.layout, part=number) for number, part in enumerate(parts)]
+    return completed(target, facts, outcomes)
+
+
+def completed(target, facts, outcomes):
     records = [record for outcome in outcomes for record in outcome["episodes"]]
-    refusals = [refusal for outcome in outcomes for refusal in outcome["refusals"]]
-    tasks = writer.all_tasks(facts, records)
-    shards = writer.shards_of(records, tasks, options)
+    tasks = writer.all_tasks((*target.base.tasks, *facts.tasks), records)
+    shards = writer.shards_of(records, tasks, target.layout.options, first=target.base.numbering)
     for shard in shards:
-        writer.assemble_shard(layout, shard)
-    return sealing.seal(
-        layout, facts, records=records, refusals=refusals, shards=shards, tasks=tasks, code_version=None
-    )
+        writer.assemble_shard(target.layout, shard)
+    return sealing.seal(target, facts, outcomes=outcomes, shards=shards, tasks=tasks, code_version=None)
 
 
 def table(root):
@@ -116,14 +135,83 @@ def test_png_keeps_every_pixel_and_jpeg_comes_close(tmp_path):
         assert stored["path"] == f"frame-000007.{'png' if image_format == 'png' else 'jpg'}"
 
 
-def test_statistics_are_those_of_what_a_reader_sees(tmp_path):
-    written(tmp_path, [[episode(0)], [episode(1, length=37)]])
+def camera_stats(root):
+    stats = json.loads((root / "meta/stats.json").read_text())[CAMERA]
+    return {name: np.ravel(values) for name, values in stats.items()}
+
+
+def expected_of(pixels):
+    """Statistics of all frames (N, H, W, 3)."""
+    pixels, axes = pixels / 255.0, (0, 1, 2)
+    stats = {
+        "mean": pixels.mean(axes),
+        "std": pixels.std(axes),
+        "min": pixels.min(axes),
+        "max": pixels.max(axes),
+    }
+    quantiles = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+    return stats | {name: np.quantile(pixels, q, axis=axes) for name, q in quantiles.items()}
+
+
+def stored_pixels(root):
+    return np.stack([np.asarray(Image.open(io.BytesIO(row[CAMERA]["bytes"]))) for row in table(root)])
+
+
+def smooth_frames(number, length, *, height=24, width=32):
+    """Pictures with little noise, as cameras give."""
+    rng = np.random.default_rng(number)
+    y, x = np.mgrid[:height, :width]
+    t = np.arange(length)[:, None, None]
+    planes = [
+        120 + 90 * np.sin(x / 9 + t / 5),
+        120 + 80 * np.cos(y / 7 + t / 3),
+        110 + 70 * np.sin((x + y) / 13 + t),
+    ]
+    frames = np.stack(np.broadcast_arrays(*planes), axis=-1)
+    return (frames + rng.normal(0, 2, frames.shape)).clip(0, 255).astype(np.uint8)
+
+
+def test_camera_statistics_of_png_are_those_of_every_stored_pixel(tmp_path):
+    written(tmp_path, [[episode(0)], [episode(1, length=37)]], image_format="png")
+    stats = camera_stats(tmp_path)
+    for name, values in expected_of(stored_pixels(tmp_path)).items():
+        np.testing.assert_allclose(stats[name], values, rtol=1e-12, atol=1e-15, err_msg=name)
+    assert stats["count"].tolist() == [57]
+
+
+def test_camera_statistics_of_jpeg_are_those_of_the_pixels_before_the_codec(tmp_path):
+    frames = [smooth_frames(0, 20), smooth_frames(1, 37)]
+    written(tmp_path, [[episode(0, frames=frames[0])], [episode(1, length=37, frames=frames[1])]])
+    stats = camera_stats(tmp_path)
+    for name, values in expected_of(np.concatenate(frames)).items():
+        np.testing.assert_allclose(stats[name], values, rtol=1e-12, atol=1e-15, err_msg=name)
+    stored = expected_of(stored_pixels(tmp_path))
+    for name in ("mean", "std", "q01", "q10", "q50", "q90", "q99"):
+        np.testing.assert_allclose(stats[name], stored[name], atol=2 / 255, err_msg=name)
+
+
+def test_a_large_jpeg_is_counted_in_every_second_row_and_each_row_in_its_turn(tmp_path):
+    frames = smooth_frames(0, 8, height=240, width=320)
+    facts = listing(height=240, width=320)
+    counted = np.stack([frame[number % 2 :: 2] for number, frame in enumerate(frames)])
+    written(tmp_path / "jpeg", [[episode(0, length=8, frames=frames)]], facts=facts)
+    written(tmp_path / "png", [[episode(0, length=8, frames=frames)]], facts=facts, image_format="png")
+    for root, pixels in ((tmp_path / "jpeg", counted), (tmp_path / "png", frames)):
+        for name, values in expected_of(pixels).items():
+            # numpy adds half a million numbers one by one here: as many roundings of 1e-16
+            np.testing.assert_allclose(camera_stats(root)[name], values, rtol=1e-10, atol=1e-15)
+    stored = expected_of(stored_pixels(tmp_path / "jpeg"))
+    for name in ("mean", "std"):
+        # measured 1e-3 on these pictures, whose colours change faster than halved chroma can follow
+        np.testing.assert_allclose(camera_stats(tmp_path / "jpeg")[name], stored[name], atol=2e-3)
+
+
+def test_vector_statistics_are_numpys_of_the_stored_rows(tmp_path):
+    written(tmp_path, [[episode(0)], [episode(1, length=37, task="push")]])
     stats = json.loads((tmp_path / "meta/stats.json").read_text())
     rows = table(tmp_path)
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(row[CAMERA]["bytes"]))) for row in rows]) / 255.0
-    np.testing.assert_allclose(np.ravel(stats[CAMERA]["mean"]), pixels.mean((0, 1, 2)), rtol=1e-12)
-    np.testing.assert_allclose(np.ravel(stats[CAMERA]["q10"]), np.quantile(pixels, 0.1, axis=(0, 1, 2)))
-    for name in ("action", "next.reward", "timestamp", "index", "episode_index"):
+    names = ("action", "next.reward", "timestamp", "index", "episode_index", "frame_index", "task_index")
+    for name in names:
         values = np.array([row[name] for row in rows], np.float64).reshape(len(rows), -1)
         for stat, expected in {
             "min": values.min(0),
@@ -137,6 +225,25 @@ def test_statistics_are_those_of_what_a_reader_sees(tmp_path):
                 stats[name][stat], expected, rtol=1e-10, atol=1e-12, err_msg=name + stat
             )
         assert stats[name]["count"] == [57]
+
+
+def test_an_episodes_own_statistics_are_numpys_of_its_rows(tmp_path):
+    tasks = ["lift"] * 5 + ["push"] * 15
+    written(tmp_path, [[episode(0, length=7), episode(1, tasks=tasks)]])
+    row = pq.read_table(tmp_path / "meta/episodes/chunk-000/file-000.parquet").to_pylist()[1]
+    rows = table(tmp_path)[7:]
+    for name in ("action", "timestamp", "index", "episode_index", "frame_index", "task_index"):
+        values = np.array([r[name] for r in rows], np.float64).reshape(20, -1)
+        found = {stat: row[f"stats/{name}/{stat}"] for stat in ("mean", "std", "q10", "max")}
+        expected = {
+            "mean": values.mean(0),
+            "std": values.std(0),
+            "q10": np.quantile(values, 0.1, axis=0),
+            "max": values.max(0),
+        }
+        for stat, value in expected.items():
+            np.testing.assert_allclose(found[stat], value, rtol=1e-12, atol=1e-12, err_msg=name + stat)
+        assert row[f"stats/{name}/count"] == [20]
 
 
 def test_the_episode_table_says_where_each_episode_lies(tmp_path):
@@ -169,6 +276,132 @@ def test_a_refused_episode_leaves_no_gap(tmp_path):
     assert episodes["source_episode"].to_pylist() == ["0", "2"]
 
 
+def noted(root):
+    return pq.read_table(root / "meta/refused.parquet").to_pylist()
+
+
+def test_every_refusal_and_warning_is_a_row_and_counted_by_reason(tmp_path):
+    still = np.tile(episode_frames(1)[:1], (20, 1, 1, 1))
+    colours = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((24, 32, 3), np.uint8)
+    constant = np.random.default_rng(0).standard_normal((20, 3))
+    parts = [
+        [
+            episode(0, columns={"action": constant * [1, 0, 1]}),
+            episode(1, frames=still, columns={"action": constant * [1, 0, 1]}),
+            episode(2, frames=colours, columns={"action": constant * [1, 0, 1]}),
+            episode(3, columns={"action": np.full((20, 3), np.nan)}),
+        ],
+        [
+            episode(4, length=1, columns={"action": np.zeros((1, 3))}),
+            episode(5, tasks=["lift"] * 4 + [" "] * 16, columns={"action": constant * [1, 0, 1]}),
+            Refusal(episode="6", reason="video_missing", detail="gone", camera=CAMERA),
+        ],
+    ]
+    facts = replace(listing(), warnings=("a column is left out",))
+    report = written(tmp_path, parts, facts=facts)
+    assert report["refused"] == {"not_finite": 1, "video_missing": 1}
+    assert report["warned"] == {
+        "dead_camera": 2,
+        "empty_instruction": 1,
+        "one_frame_episode": 1,
+        "source": 1,
+        "zero_variance": 1,
+    }
+    rows = noted(tmp_path)
+    keys = ("kind", "episode", "reason", "camera", "frame")
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        ("warning", None, "source", None, None),
+        ("refused", "3", "not_finite", None, 0),
+        ("warning", "1", "dead_camera", CAMERA, None),
+        ("warning", "2", "dead_camera", CAMERA, None),
+        ("refused", "6", "video_missing", CAMERA, None),
+        ("warning", "4", "one_frame_episode", None, None),
+        ("warning", "5", "empty_instruction", None, 4),
+        ("warning", None, "zero_variance", None, None),
+    ]
+    details = {(row["episode"], row["reason"]): row["detail"] for row in rows}
+    assert details["1", "dead_camera"] == "all 20 frames are the same image"
+    assert details["2", "dead_camera"] == "each of the 20 frames is of a single colour"
+    assert details[None, "zero_variance"] == "action[1] is 0 in every frame"
+
+
+def test_a_dataset_without_flaws_has_an_empty_list(tmp_path):
+    report = written(tmp_path, [[episode(0)]])
+    assert (report["refused"], report["warned"], noted(tmp_path)) == ({}, {}, [])
+
+
+def test_a_dimension_that_moves_in_one_episode_only_is_not_constant(tmp_path):
+    still = {"observation.state": np.ones((20, 2))}
+    assert written(tmp_path / "still", [[episode(0, columns=still)]])["warned"] == {"zero_variance": 2}
+    assert written(tmp_path / "moved", [[episode(0, columns=still)], [episode(1)]])["warned"] == {}
+    assert noted(tmp_path / "still")[0]["detail"] == "observation.state[0] (x) is 1 in every frame"
+
+
+# --- images that come encoded ---
+
+
+def encoded(frames, image_format):
+    return [encoded_image(frame, image_format=image_format, jpeg_quality=95) for frame in frames]
+
+
+@pytest.mark.parametrize(("image_format", "suffix"), [("png", "png"), ("jpeg", "jpg")])
+def test_encoded_images_are_stored_bit_for_bit_and_counted_as_a_reader_sees_them(
+    tmp_path, image_format, suffix
+):
+    images = encoded(episode_frames(0), image_format)
+    written(tmp_path, [[episode(0, images=images)]], image_format="as_is")
+    rows = table(tmp_path)
+    assert [row[CAMERA]["bytes"] for row in rows] == images
+    assert rows[3][CAMERA]["path"] == f"frame-000003.{suffix}"
+    for name, values in expected_of(stored_pixels(tmp_path)).items():
+        np.testing.assert_allclose(camera_stats(tmp_path)[name], values, rtol=1e-12, atol=1e-15)
+
+
+def test_encoded_images_that_must_shrink_are_encoded_anew(tmp_path):
+    frames = episode_frames(0)
+    facts = listing()
+    written(tmp_path / "bytes", [[episode(0, images=encoded(frames, "png"))]], facts=facts, resize=(16, 16))
+    written(tmp_path / "pixels", [[episode(0, frames=frames)]], facts=facts, resize=(16, 16))
+    assert table(tmp_path / "bytes") == table(tmp_path / "pixels")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda images: [*images[:7], b"GIF89a", *images[8:]], "image_unreadable"),
+        (lambda images: [*images[:7], images[7][:60], *images[8:]], "image_unreadable"),
+        (lambda images: [*images[:7], b"", *images[8:]], "image_unreadable"),
+        (lambda images: [*images[:7], encoded([np.zeros((9, 9, 3), np.uint8)], "png")[0]], "frame_size"),
+        (lambda images: images[:7], "frames_missing"),
+    ],
+)
+def test_an_encoded_image_that_is_none_refuses_the_episode_at_its_frame(tmp_path, change, reason):
+    target, _ = prepared(tmp_path, image_format="as_is")
+    images = change(encoded(episode_frames(0), "png"))
+    outcome = writer.stage_part([episode(0, images=images)], target.layout, part=0)
+    assert [(r["reason"], r["camera"], r["frame"]) for r in outcome["refusals"]] == [(reason, CAMERA, 7)]
+
+
+# --- memory ---
+
+
+def test_at_most_two_frames_of_an_episode_are_alive_at_a_time(tmp_path):
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def counted():
+        nonlocal most
+        for frame in episode_frames(0, length=200):
+            fresh = frame.copy()
+            alive.append(weakref.ref(fresh))
+            most = max(most, sum(reference() is not None for reference in alive))
+            yield fresh
+
+    written(tmp_path, [[episode(0, length=200, frames=counted())]])
+    assert len(alive) == 200
+    assert most <= 2  # the one handed over, and the one before it in the loop's variable
+
+
 def broken_after(frames, number):
     yield from frames[:number]
     raise RefusedEpisodeError(Refusal(episode="0", reason="video_unreadable", detail="gone", frame=number))
@@ -188,12 +421,12 @@ def broken_after(frames, number):
     ],
 )
 def test_a_broken_episode_is_refused_by_name_and_leaves_no_file(tmp_path, changes, reason):
-    facts = listing()
-    layout = writer.layout_of(str(tmp_path), facts, WriterOptions())
-    outcome = writer.stage_part([episode(0, **changes)], layout, part=0)
+    target, _ = prepared(tmp_path)
+    outcome = writer.stage_part([episode(0, **changes)], target.layout, part=0)
     assert [refusal["reason"] for refusal in outcome["refusals"]] == [reason]
-    assert outcome["episodes"] == []
-    assert [path.name for path in (tmp_path / "meta/_ingest").iterdir()] == ["000000.json"]
+    assert (outcome["episodes"], outcome["warnings"]) == ([], [])
+    assert not np.any(outcome["histograms"][CAMERA])
+    assert sorted(path.name for path in (tmp_path / "meta/_ingest").iterdir()) == ["000000.json", "plan.json"]
 
 
 def test_several_flaws_of_one_episode_are_all_reported():
@@ -211,59 +444,65 @@ def test_instructions_that_were_not_listed_are_numbered_after_those_that_were(tm
 
 def test_an_assembly_that_was_killed_can_be_repeated(tmp_path):
     written(tmp_path / "whole", [[episode(0), episode(1)]])
-    facts, options = listing(), WriterOptions()
     root = tmp_path / "killed"
-    layout = writer.layout_of(str(root), facts, options)
-    writer.begin(str(root), facts, options)
-    outcome = writer.stage_part([episode(0), episode(1)], layout, part=0)
-    (shard,) = writer.shards_of(outcome["episodes"], ["lift"], options)
+    target, facts = prepared(root)
+    outcome = writer.stage_part([episode(0), episode(1)], target.layout, part=0)
+    (shard,) = writer.shards_of(outcome["episodes"], ["lift"], target.layout.options)
     (root / "data/chunk-000").mkdir(parents=True)
     (root / "data/chunk-000/.file-000.parquet.0.tmp").write_bytes(b"half")
     (root / shard.path).write_bytes(b"PAR1 half an upload")
-    writer.assemble_shard(layout, shard)
-    writer.assemble_shard(layout, shard)  # again, its staged episodes are gone
-    sealing.seal(
-        layout,
-        facts,
-        records=outcome["episodes"],
-        refusals=[],
-        shards=[shard],
-        tasks=["lift"],
-        code_version=None,
-    )
+    writer.assemble_shard(target.layout, shard)  # its staged episodes are gone then
+    completed(target, facts, [outcome])
     assert snapshot(root) == snapshot(tmp_path / "whole")
 
 
+def test_parts_that_an_earlier_run_completed_are_found_again(tmp_path):
+    target, _ = prepared(tmp_path)
+    outcomes = {
+        part: writer.stage_part([episode(part)], target.layout, part=part) for part in (0, 2, 1_000_000)
+    }
+    (tmp_path / "meta/_ingest/.000001.json.abc.tmp").write_text("{")
+    assert writer.staged_parts(str(tmp_path)) == json.loads(json.dumps(outcomes), object_hook=with_numbers)
+    assert writer.staged_parts(str(tmp_path / "nothing")) == {}
+
+
+def with_numbers(content):
+    return {int(key) if key.isdecimal() else key: value for key, value in content.items()}
+
+
+def opened(root, facts=None, *, append=False, **options):
+    return output.opened(str(root), facts or listing(), WriterOptions(**options), append=append)
+
+
 def test_an_output_is_only_continued_with_the_same_source_and_options(tmp_path):
-    facts, options = listing(digest="a"), WriterOptions()
-    assert writer.complete_report(str(tmp_path), facts, options) is None
-    writer.begin(str(tmp_path), facts, options)
-    assert writer.complete_report(str(tmp_path), facts, options) is None
+    facts = listing(digest="a")
+    assert opened(tmp_path, facts).report is None
+    prepared(tmp_path, facts=facts)
+    assert opened(tmp_path, facts).report is None
     with pytest.raises(
         ValueError, match=r"unfinished ingestion with image_format 'jpeg', this run has 'png'"
     ):
-        writer.complete_report(str(tmp_path), facts, WriterOptions(image_format="png"))
+        opened(tmp_path, facts, image_format="png")
     with pytest.raises(ValueError, match=r"digest 'a', this run has 'b'"):
-        writer.complete_report(str(tmp_path), listing(digest="b"), options)
+        opened(tmp_path, listing(digest="b"))
 
 
 def test_a_complete_output_is_recognised_and_others_are_refused(tmp_path):
     report = written(tmp_path / "done", [[episode(0)]])
-    found = writer.complete_report(str(tmp_path / "done"), listing(), WriterOptions())
-    assert found == report
+    assert opened(tmp_path / "done").report == report
     with pytest.raises(ValueError, match="complete dataset with resize None"):
-        writer.complete_report(str(tmp_path / "done"), listing(), WriterOptions(resize=(8, 8)))
+        opened(tmp_path / "done", resize=(8, 8))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/file").touch()
     with pytest.raises(ValueError, match="is not empty"):
-        writer.complete_report(str(tmp_path / "foreign"), listing(), WriterOptions())
+        opened(tmp_path / "foreign")
 
 
 def test_two_runs_cannot_write_into_one_output(tmp_path):
-    again = writer.exclusive(str(tmp_path))
-    with writer.exclusive(str(tmp_path)), pytest.raises(ValueError, match="another ingestion"):
+    again = output.exclusive(str(tmp_path))
+    with output.exclusive(str(tmp_path)), pytest.raises(ValueError, match="another ingestion"):
         again.__enter__()
-    with writer.exclusive(str(tmp_path)):
+    with output.exclusive(str(tmp_path)):
         pass  # free again
 
 
