@@ -567,7 +567,7 @@ def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, *, at_ste
         identity=prepared.identity,
         num_frames=prepared.dataset.num_frames,
         dataset_uris=tuple(source.dataset.uri for source in prepared.reader.sources),
-        camera_names=tuple(prepared.reader.camera_names),
+        camera_columns=tuple(prepared.reader.sources[0].camera_columns.values()),
         max_bad_rows=job.dataset.max_bad_rows,
         writer=writer,
     )

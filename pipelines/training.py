@@ -61,7 +61,7 @@ class Run:
     """Rows of an epoch."""
     dataset_uris: tuple[str, ...]
     """By number of the source; with the cameras, to name a row."""
-    camera_names: tuple[str, ...]
+    camera_columns: tuple[str, ...]
     max_bad_rows: int
     """Different rows with unusable images that the run bears, masked out of the loss."""
     writer: MetricWriter
@@ -322,7 +322,7 @@ class Meter:
 
 def named(run: Run, row: BadRow) -> dict[str, Any]:
     """A bad row as a person finds it."""
-    cameras = [name for i, name in enumerate(run.camera_names) if row.bad_cameras >> i & 1]
+    cameras = [name for i, name in enumerate(run.camera_columns) if row.bad_cameras >> i & 1]
     return {
         "dataset": run.dataset_uris[row.source],
         "episode": row.episode_index,

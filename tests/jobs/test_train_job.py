@@ -165,36 +165,41 @@ def test_a_complete_run_submitted_again_has_nothing_to_do(uninterrupted, jobs, e
     assert jobs.run_of("uninterrupted").info.status == "FINISHED"
 
 
-def test_one_image_cut_off_in_a_shard_fails_the_run_by_name_unless_it_is_borne(jobs, episodes, tmp_path):
-    broken = tmp_path / "broken"
-    with_cut_image(episodes, broken, episode=2, frame=5, camera="observation.images.wrist")
-    whole_epoch = {"steps": 40, "log_every": 10, "checkpoint.every": 40}
-    job = jobs.submit("broken", broken, **whole_epoch)
+@pytest.fixture(scope="module")
+def broken(episodes, tmp_path_factory):
+    """A dataset with one image cut off."""
+    folder = tmp_path_factory.mktemp("data") / "broken"
+    with_cut_image(episodes, folder, episode=2, frame=5, camera="observation.images.wrist")
+    return folder
+
+
+def test_an_image_cut_off_in_a_shard_fails_the_run_by_name(jobs, broken):
+    job = jobs.submit("broken", broken, steps=40, log_every=10)
     assert jobs.wait(job) == JobStatus.FAILED
     assert jobs.run_of("broken").info.status == "FAILED"
     logs = jobs.client.get_job_logs(job)
     assert "1 rows have images that cannot be used, max_bad_rows allows 0; the first: " in logs
     assert "episode 2 frame 5: ['observation.images.wrist']" in logs
 
-    job = jobs.submit("borne", broken, **whole_epoch, **{"dataset.max_bad_rows": 1})
-    assert jobs.wait(job) == JobStatus.SUCCEEDED, jobs.client.get_job_logs(job)[-4000:]
-    run = jobs.run_of("borne")
-    assert (run.info.status, run.data.metrics["data/bad_rows"]) == ("FINISHED", 1)
-    named = json.loads((jobs.storage / "borne/bad_rows.json").read_text())
-    cameras = ["observation.images.wrist"]
-    assert named == [{"dataset": str(broken), "episode": 2, "frame": 5, "cameras": cameras}]
-    position = json.loads((jobs.storage / "borne/step_000000040/training_state/trainer.json").read_text())
-    assert position["bad_rows"] == [[0, 2, 5, 2]]
 
-
-def test_a_checkpoint_is_fine_tuned_on_other_cameras_with_several_draws_a_sample(jobs, episodes):
+def test_a_checkpoint_is_fine_tuned_on_other_cameras_several_draws_a_sample_and_a_row_that_is_borne(
+    jobs, broken
+):
     rename = {"observation.images.top": "observation.images.camera2"}
     rename["observation.images.wrist"] = "observation.images.camera1"
-    settings = {"rename": f"'{json.dumps(rename)}'", "repeated_noise": 2, "steps": 3, "log_every": 1}
-    job = jobs.submit("fine-tuned", episodes, **settings, **{"policy.path": f'"{ROOT}/tests/golden/default"'})
+    settings = {"rename": f"'{json.dumps(rename)}'", "repeated_noise": 2, "steps": 40, "log_every": 10}
+    settings |= {"policy.path": f'"{ROOT}/tests/golden/default"', "dataset.max_bad_rows": 1}
+    job = jobs.submit("fine-tuned", broken, **settings, **{"checkpoint.every": 40})
     assert jobs.wait(job) == JobStatus.SUCCEEDED, jobs.client.get_job_logs(job)[-4000:]
-    assert jobs.run_of("fine-tuned").data.params["repeated_noise"] == "2"
-    tuned = SmolVLAPolicy.from_pretrained(jobs.storage / "fine-tuned/step_000000003/pretrained_model")
+    run, folder = jobs.run_of("fine-tuned"), jobs.storage / "fine-tuned"
+    assert (run.data.params["repeated_noise"], run.data.metrics["data/bad_rows"]) == ("2", 1)
+    named = json.loads((folder / "bad_rows.json").read_text())
+    cameras = ["observation.images.wrist"]
+    assert named == [{"dataset": str(broken), "episode": 2, "frame": 5, "cameras": cameras}]
+    position = json.loads((folder / "step_000000040/training_state/trainer.json").read_text())
+    assert position["bad_rows"] == [[0, 2, 5, 2]]
+
+    tuned = SmolVLAPolicy.from_pretrained(folder / "step_000000040/pretrained_model")
     assert tuned.config.camera_names == ["observation.images.camera1", "observation.images.camera2"]
     assert tuned.processor.files.rename == rename
     assert set(tuned.config.camera_names) < set(tuned.processor.stats)
