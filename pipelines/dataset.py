@@ -8,6 +8,7 @@ dataset written by others has its Parquet footers read once instead.
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
 
+METADATA_PATH = re.compile(r"meta(/appended/\d+)?")
 ROW_COLUMNS = (
     "timestamp",
     "frame_index",
@@ -137,6 +139,8 @@ def open_dataset(uri: str) -> EpisodeDataset:
     _check_info(info, uri=uri)
     # after an append the newest statistics and report lie where info.json says (pipelines/output.py)
     metadata = info.get("metadata_path", "meta")
+    if not METADATA_PATH.fullmatch(str(metadata)):
+        raise ValueError(f"{uri}/meta/info.json: metadata_path {metadata!r} is not below meta/appended")
     stats = _json(filesystem, root, f"{metadata}/stats.json", uri=uri)
     episodes = _episodes(filesystem, root, uri=uri)
     # an append that is under way has written rows that info.json does not count yet

@@ -48,7 +48,7 @@ def encoded_kind(data: bytes | None) -> tuple[str, tuple[int, int]] | None:
         with Image.open(io.BytesIO(data or b""), formats=tuple(SUFFIXES)) as image:
             assert image.format is not None
             return SUFFIXES[image.format], (image.height, image.width)
-    except (UnidentifiedImageError, OSError, SyntaxError):
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
         return None
 
 

@@ -79,6 +79,7 @@ def started(source, uri):
     )
 
 
+@pytest.mark.slow
 def test_a_job_killed_halfway_is_continued_in_the_store_and_gives_the_local_content(
     ray_session,  # for the local twin
     bucket,
