@@ -217,17 +217,3 @@ def test_a_dataset_that_cannot_be_used_is_refused_with_file_and_field(
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no meta/info\.json"):
         open_dataset(str(tmp_path))
-
-
-def test_a_truncated_image_is_an_error_that_names_the_row(reader):
-    encoded = next(reader.encoded(0))
-    camera = reader.camera_names[0]
-    place = encoded.column_names.index(camera)
-    values = encoded[camera].to_pylist()
-    values[3] = values[3][:10]
-    import pyarrow as pa
-
-    broken = encoded.set_column(place, camera, pa.array(values, pa.large_binary()))
-    episode, frame = encoded["episode_index"][3].as_py(), encoded["frame_index"][3].as_py()
-    with pytest.raises(ValueError, match=f"episode {episode} frame {frame}: {camera}"):
-        reader.decoded(broken)
