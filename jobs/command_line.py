@@ -7,7 +7,6 @@ written as `--tasks a b`. A job exits with 2 when its input is refused, before i
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import json
 import logging
 import os
@@ -21,6 +20,8 @@ from typing import Any, NoReturn, TypeVar
 import draccus
 import ray
 import yaml
+
+from pipelines.sources.mapping import unknown_name
 
 Job = TypeVar("Job")
 
@@ -84,11 +85,6 @@ def _flags(job_class: type, prefix: str = "") -> dict[str, type]:
     return flags
 
 
-def _unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
-    close = difflib.get_close_matches(name, known, n=1)
-    return ValueError(f"unknown {kind} {name}" + (f"; did you mean {close[0]}?" if close else ""))
-
-
 def _without_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
     """Take `--config FILE` out of the words."""
     words, config = [], None
@@ -120,7 +116,7 @@ def _joined_lists(words: Sequence[str], flags: Mapping[str, type]) -> list[str]:
             break
         flag, equals, value = word.removeprefix("--").partition("=")
         if flag not in (*flags, "help"):
-            raise _unknown("flag", f"--{flag}", [f"--{name}" for name in flags])
+            raise unknown_name("flag", f"--{flag}", [f"--{name}" for name in flags])
         if flag in flags and typing.get_origin(flags[flag]) in (tuple, list):
             out.append(f"--{flag}")
             items = [value] if equals else []
@@ -155,7 +151,7 @@ def _check_file(path: str, flags: Mapping[str, type]) -> None:
         raise ValueError(f"{path}: need a mapping of flags, found {type(content).__name__}")
     for name in _leaves(content, flags):
         if name not in flags:
-            raise _unknown(f"field in {path}:", name, list(flags))
+            raise unknown_name(f"field in {path}:", name, list(flags))
 
 
 def _leaves(content: Mapping[str, Any], flags: Mapping[str, type], prefix: str = "") -> Iterator[str]:

@@ -118,7 +118,7 @@ def _of_yaml(content: dict[str, Any]) -> SourceMapping:
     known = [field.name for field in fields(SourceMapping)]
     for name in content:
         if name not in known:
-            raise _unknown("field", name, known)
+            raise unknown_name("field", name, known)
     values = {name: value for name, value in content.items() if value is not None}
     for name in ("state", "action"):
         if name in values:
@@ -155,7 +155,7 @@ def _part(name: str, item: Any) -> Part:
         raise ValueError(f"{name}: {item!r} is neither a key nor {{key: ..., start: ..., stop: ...}}")
     for field, value in item.items():
         if field not in known:
-            raise _unknown(f"field of {name}:", field, known)
+            raise unknown_name(f"field of {name}:", field, known)
         if field != "key" and not (value is None or type(value) is int):
             raise ValueError(f"{name}: {field} of {item['key']!r} is {value!r}, not a whole number")
     return Part(key=item["key"], start=item.get("start") or 0, stop=item.get("stop"))
@@ -173,7 +173,7 @@ def _cameras(value: Any) -> dict[str, str]:
 def _of_modality(content: dict[str, Any]) -> SourceMapping:
     for group, entries in content.items():
         if group not in GR00T_GROUPS:
-            raise _unknown("field", group, GR00T_GROUPS)
+            raise unknown_name("field", group, GR00T_GROUPS)
         if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
             raise ValueError(f"{group} is not a mapping of names to settings")
     annotation = next(iter(content.get("annotation", {}).items()), None)
@@ -202,6 +202,7 @@ def _modality_parts(content: dict[str, Any], group: str, *, whole: str) -> tuple
     return _parts(group, items)
 
 
-def _unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
+def unknown_name(kind: str, name: str, known: Sequence[str]) -> ValueError:
+    """The error for a name that nobody knows, with the nearest one that somebody does."""
     close = difflib.get_close_matches(str(name), known, n=1)
     return ValueError(f"unknown {kind} {name}" + (f"; did you mean {close[0]}?" if close else ""))
