@@ -32,7 +32,6 @@ def run_ingestion(
     jpeg_quality: int,
     resize: str | None,
     max_refused: float,
-    append: bool = False,
 ) -> int:
     """Ingest, telling a terminal how it goes; return the exit code."""
     try:
@@ -41,7 +40,7 @@ def run_ingestion(
         options = WriterOptions(image_format=image_format, jpeg_quality=jpeg_quality, resize=box_of(resize))
     except ValueError as error:
         fail(error)
-    return run_with_options(source, output=output, options=options, max_refused=max_refused, append=append)
+    return run_with_options(source, output=output, options=options, max_refused=max_refused, append=False)
 
 
 def run_with_options(
