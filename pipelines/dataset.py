@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,23 @@ class EpisodeDataset:
     def num_frames(self) -> int:
         """Rows of all episodes."""
         return int(self.episode_length.sum())
+
+    def with_episodes(self, places: Int64) -> "EpisodeDataset":
+        """The dataset with some of its episodes only, given by their rows of `episode_*`.
+
+        Statistics, tasks and fingerprint stay those of the whole.
+        """
+        places = np.unique(places)
+        groups = self.row_groups
+        kept = np.isin(groups.episode, places)
+        columns = {f.name: getattr(groups, f.name)[kept] for f in fields(groups)}
+        columns["episode"] = np.searchsorted(places, columns["episode"])
+        return replace(
+            self,
+            episode_index=self.episode_index[places],
+            episode_length=self.episode_length[places],
+            row_groups=RowGroups(**columns),
+        )
 
     def open_file(self, number: int) -> pq.ParquetFile:
         """A data file, its footer parsed."""

@@ -11,7 +11,7 @@ Shape letters: b micro-batch, W workers, k accumulation, m number of a micro-bat
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -156,6 +156,33 @@ class Engine:
             )
         out["loss_sum"].backward()
         return torch.stack([out["loss_sum"].detach(), out["num_valid"].float()])
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the workers must run the policy together."""
+        return self.train.parallel != "ddp"
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The policy in eval mode."""
+        self.policy.eval()
+        try:
+            yield
+        finally:
+            self.policy.train()
+
+    @torch.no_grad()
+    def row_losses(self, batch: Mapping[str, Tensor], *, noise: Tensor, time: Tensor, draws: int) -> Tensor:
+        """Mean error (b,) of each row over its valid action entries and its draws; nothing is trained.
+
+        Without DDP's wrapper, which is there for gradients; FSDP2 needs all of its workers.
+        """
+        inputs = self.policy.prepare_inputs(batch)
+        noise, time = noise.to(self.device), time.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return self.policy(**inputs, noise=noise, time=time, repeated_noise=draws)[
+                "per_sample_loss"
+            ].cpu()
 
     def _update(self, step: int, *, loss_sum: Tensor, num_valid: Tensor) -> StepResult:
         config, train = self.policy.config, self.train

@@ -21,11 +21,9 @@ from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
 
-EPOCH_ORDER, MIXING_ORDER, MICRO_BATCH_NOISE = (
-    0,
-    1,
-    2,
-)  # what a random stream is for; the first word of its seed
+# What a random stream is for; the first word of its seed.
+EPOCH_ORDER, MIXING_ORDER, MICRO_BATCH_NOISE = 0, 1, 2
+HELD_OUT, VALIDATION_NOISE = 8, 9
 
 
 def random_order(count: int, *seed: int) -> Int64:
@@ -36,7 +34,12 @@ def random_order(count: int, *seed: int) -> Int64:
 
 def noise_seed(seed: int, micro_batch: int) -> int:
     """Seed of the generator that draws noise, time and augmentation of one micro-batch, in [0, 2**63)."""
-    state = np.random.SeedSequence((MICRO_BATCH_NOISE, seed, micro_batch)).generate_state(1, np.uint64)
+    return generator_seed(MICRO_BATCH_NOISE, seed, micro_batch)
+
+
+def generator_seed(*words: int) -> int:
+    """Seed of a torch generator for a purpose and what it is drawn for, in [0, 2**63)."""
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 

@@ -136,13 +136,13 @@ class SampleReader:
         """The micro-batches of a mixing group from its `first` one on, images still compressed."""
         b, per_group = self.config.micro_batch, self.plan.batches_per_group
         rows = self.plan.mixing_group(group)[slice(first * b, None)]
-        table = self._encoded_rows(rows)
+        table = self.encoded_rows(rows)
         for place in range(first, per_group):
             batch = table.slice((place - first) * b, b)
             number = np.full(b, group * per_group + place, dtype=np.int64)
             yield batch.append_column("micro_batch", pa.array(number)).combine_chunks()
 
-    def _encoded_rows(self, rows: Rows) -> pa.Table:
+    def encoded_rows(self, rows: Rows) -> pa.Table:
         """Rows in the order given: read unit by unit, then put in order."""
         keys = np.stack([rows.source, rows.row_group], axis=1)
         units, unit_of_row = np.unique(keys, axis=0, return_inverse=True)

@@ -1,0 +1,197 @@
+"""Held-out episodes: which they are, and one loss for the same weights whoever computes it."""
+
+import json
+import math
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from toys import LENGTHS, TASKS, with_cut_image
+
+from pipelines.dataset import open_dataset
+from pipelines.engine import Engine, TrainConfig
+from pipelines.plan import VALIDATION_NOISE, generator_seed
+from pipelines.stream import SampleReader, Source, StreamConfig, ToTorch
+from pipelines.validation import (
+    DRAWS,
+    HeldOut,
+    Validation,
+    ValidationConfig,
+    held_out_named,
+    held_out_share,
+    split,
+)
+from smolvla.configuration import SmolVLAConfig
+from smolvla.data_utils import Normalizer, sample_noise, sample_time, tokenize_tasks
+from smolvla.modeling import SmolVLAPolicy
+
+VLM = Path("tests/golden/tiny_vlm").absolute()
+HELD_OUT = (2, 4, 9)  # 33 + 1 + 29 frames
+TRAIN = TrainConfig(
+    steps=4,
+    batch_size=12,
+    micro_batch=4,
+    seed=5,
+    decay_steps=None,
+    precision="float32",
+    log_every=1,
+    checkpoint_every=10,
+    record_rows=False,
+)
+CONFIG = ValidationConfig(every=2, max_frames=26, seed=3)
+
+
+def held_out(uri, *, max_frames=CONFIG.max_frames):
+    """(policy's config, what is measured): three episodes of the toy dataset."""
+    dataset = open_dataset(str(uri))
+    inputs, outputs = dataset.policy_features()
+    config = SmolVLAConfig.from_pretrained("tests/golden/default").changed(
+        vlm_model_name=str(VLM), scheduler_warmup_steps=2, optimizer_lr=1e-3
+    )
+    config = config.with_features(inputs, outputs)
+    normalizer = Normalizer(dataset.stats, inputs | outputs, config.normalization_mapping)
+    tokens, mask = tokenize_tasks(dataset.tasks, str(VLM), max_length=48)
+    places = held_out_named(dataset, HELD_OUT, flag="validation.episodes")
+    _, kept = split(Source(dataset, normalizer, tokens, mask), places)
+    stream = StreamConfig(seed=TRAIN.seed, micro_batch=TRAIN.micro_batch, mixing_rows=64)
+    reader = SampleReader([kept], stream, config.chunk_size, config.resize_imgs_with_padding)
+    return config, HeldOut(reader=reader, config=replace(CONFIG, max_frames=max_frames))
+
+
+def measured(uri, folder, **settings):
+    """The values of one policy; its weights are those of one seed."""
+    config, frames = held_out(uri)
+    torch.manual_seed(0)
+    engine = Engine(SmolVLAPolicy(config, allow_random_vlm=True).train(), replace(TRAIN, **settings))
+    validation = Validation(frames, last_step=TRAIN.steps, folder=folder)
+    values = validation.measured(engine, step=2)
+    assert engine.policy.training
+    return values
+
+
+def workers(rank, port, uri, folder):
+    torch.set_num_threads(1)
+    for number, (size, kind) in enumerate([(3, "ddp"), (3, "fsdp"), (2, "ddp"), (2, "fsdp")]):
+        if rank >= size:
+            continue
+        address = f"tcp://127.0.0.1:{port + number}"
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+        try:
+            found = measured(uri, folder, parallel=kind)
+        finally:
+            dist.destroy_process_group()
+        if rank == size - 1:
+            (folder / f"{kind}_{size}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def alone(episodes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    with one_process():
+        return measured(episodes, folder), folder
+
+
+class one_process:  # noqa: N801 -- a context
+    def __enter__(self):
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def __exit__(self, *_):
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def several(episodes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(workers, (port, episodes, folder), nprocs=3)
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.mark.parametrize("kind", ["ddp_2", "ddp_3", "fsdp_2", "fsdp_3"])
+def test_the_same_weights_give_the_same_loss_on_any_number_of_workers(alone, several, kind):
+    """26 frames are 7 micro-batches, the last of 2 rows: neither 2 nor 3 workers have equal shares."""
+    assert several[kind] == alone[0]  # to the bit
+
+
+def test_the_loss_is_the_mean_over_all_valid_entries_of_the_frames_and_of_each_task(
+    alone, episodes, ray_session
+):
+    values, folder = alone
+    config, frames = held_out(episodes)
+    torch.manual_seed(0)
+    policy = SmolVLAPolicy(config, allow_random_vlm=True).eval()
+    sums = {task: np.zeros(2) for task in TASKS}
+    for place in range(len(frames.frames)):
+        batch, _ = frames.batch(frames.frames[np.array([place])])
+        episode, frame = int(batch["episode_index"][0]), int(batch["frame_index"][0])
+        generator = torch.Generator().manual_seed(generator_seed(VALIDATION_NOISE, 3, 0, episode, frame))
+        noise = sample_noise((DRAWS, config.chunk_size, config.max_action_dim), generator)
+        time = sample_time(DRAWS, generator)
+        with torch.no_grad():
+            inputs = policy.prepare_inputs(ToTorch()(batch))
+            out = policy(**inputs, noise=noise, time=time, repeated_noise=DRAWS)
+        sums[TASKS[episode % 2]] += [out["loss_sum"].item(), out["num_valid"].item()]
+    total = np.sum(list(sums.values()), axis=0)
+    assert values["val/loss"] == pytest.approx(total[0] / total[1], rel=1e-5)
+    first, second = (loss / count for loss, count in sums.values())
+    assert values["val/loss/task_0_push_the_red_block"] == pytest.approx(first, rel=1e-5)
+    assert values["val/loss/task_1_open_it"] == pytest.approx(second, rel=1e-5)
+    assert (values["val/frames"], values["val/bad_rows"]) == (26, 0)
+    record = json.loads((folder / "validation.jsonl").read_text())
+    assert (record["step"], record["loss"]) == (2, values["val/loss"])
+    assert [part["name"] for part in record["tasks"]] == list(TASKS)
+
+
+def test_frames_are_spaced_evenly_over_the_held_out_episodes(episodes):
+    _, few = held_out(episodes, max_frames=3)
+    batch, _ = few.batch(few.frames)
+    found = list(zip(batch["episode_index"].tolist(), batch["frame_index"].tolist(), strict=True))
+    assert found == [(2, 0), (2, 21), (9, 8)]  # 0, 21 and 42 of 33 + 1 + 29
+    _, all_of_them = held_out(episodes, max_frames=1000)
+    assert len(all_of_them.frames) == sum(LENGTHS[episode] for episode in HELD_OUT)
+
+
+def test_a_row_that_cannot_be_used_is_left_out_and_named(episodes, tmp_path):
+    with_cut_image(episodes, tmp_path / "cut", episode=2, frame=0, camera="observation.images.wrist")
+    with one_process():
+        values = measured(tmp_path / "cut", tmp_path)
+    assert (values["val/frames"], values["val/bad_rows"]) == (25, 1)
+    assert math.isfinite(values["val/loss"])
+    record = json.loads((tmp_path / "validation.jsonl").read_text())
+    expected = {"episode": 2, "frame": 0, "cameras": ["observation.images.wrist"]}
+    assert record["bad_rows"] == [{"dataset": str(tmp_path / "cut"), **expected}]
+
+
+def test_a_share_of_the_episodes_depends_on_the_seed_only_and_leaves_the_rest_to_training(episodes):
+    dataset = open_dataset(str(episodes))
+    drawn = [held_out_share([dataset], fraction=0.25, seed=seed, flag="f")[0].tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(drawn[0]) == 3
+    assert len(held_out_share([dataset], fraction=0.01, seed=0, flag="f")[0]) == 1
+    rest, kept = split(Source(dataset, *[None] * 3), np.array(drawn[0]))  # pyright: ignore[reportArgumentType]
+    assert kept.dataset.episode_index.tolist() == drawn[0]
+    assert sorted([*rest.dataset.episode_index, *kept.dataset.episode_index]) == list(range(12))
+    assert rest.dataset.num_frames + kept.dataset.num_frames == sum(LENGTHS)
+    for part in (rest.dataset, kept.dataset):
+        groups = part.row_groups
+        lengths = np.bincount(groups.episode, weights=groups.rows).astype(int)
+        assert lengths.tolist() == part.episode_length.tolist()
+        assert part.groups_of_episode[-1] == len(groups)
+
+
+def test_a_selection_that_cannot_be_is_refused(episodes):
+    dataset = open_dataset(str(episodes))
+    with pytest.raises(ValueError, match=r"v\.episodes: .* has no episode 12, it has 0 to 11"):
+        held_out_named(dataset, [3, 12], flag="v.episodes")
+    with pytest.raises(ValueError, match=r"all episodes of .* are held out"):
+        held_out_named(dataset, list(range(12)), flag="v.episodes")
+    with pytest.raises(ValueError, match=r"v\.fraction 0\.99: 12 of the 12 episodes"):
+        held_out_share([dataset], fraction=0.99, seed=0, flag="v.fraction")
