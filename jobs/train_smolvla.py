@@ -21,30 +21,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-import numpy as np
 import ray
 import torch
 import yaml
 
-from jobs import command_line, tracking
+from jobs import command_line, tracking, training_data
+from jobs.training_data import DatasetOptions, TrainingData, readable, readable_vlm
 from pipelines import training
-from pipelines.dataset import EpisodeDataset, open_dataset
 from pipelines.engine import Parallel, TrainConfig
-from pipelines.stream import SampleReader, Source, StreamConfig
+from pipelines.stream import SampleReader, StreamConfig
 from pipelines.training import Cluster, Run
 from smolvla.configuration import SmolVLAConfig
-from smolvla.data_utils import Normalizer, tokenize_tasks
 from smolvla.modeling import SmolVLAPolicy
-from smolvla.processing import SmolVLAProcessor
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetOptions:
-    path: str = ""
-    """Episode dataset: a folder or a URI."""
-    max_bad_rows: int = 0
-    """Different rows with unusable images (cut off, of another size) that the run bears: they are masked out
-    of the loss, named in <run>/bad_rows.json and counted as data/bad_rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +145,6 @@ class TrainJob:
             at_least_one(name, getattr(self, name))
         for name in ("every", "keep"):
             at_least_one(f"checkpoint.{name}", getattr(self.checkpoint, name))
-        if self.dataset.max_bad_rows < 0:
-            raise ValueError(f"dataset.max_bad_rows {self.dataset.max_bad_rows} is negative")
         if not self.grad_norm_limit > 0:
             raise ValueError(f"grad_norm_limit {self.grad_norm_limit} is not positive")
         self._check_parallel()
@@ -215,7 +201,7 @@ NOT_IDENTITY = (  # these change no number of the run, beyond rounding
 class Prepared:
     """All inputs of the run, checked; nothing is started yet."""
 
-    dataset: EpisodeDataset
+    data: TrainingData
     policy_config: SmolVLAConfig
     reader: SampleReader
     train: TrainConfig
@@ -230,34 +216,32 @@ def prepare(job: TrainJob) -> Prepared:
         ValueError: names the flag, file or field, and the value.
     """
     _check_given(job)
-    dataset = open_dataset(_readable(job.dataset.path, flag="dataset.path"))
-    policy_config = _policy_config(job, dataset)
+    data = training_data.opened(job.dataset, rename=job.rename)
+    policy_config = _policy_config(job, data)
     stream = StreamConfig(seed=job.seed, micro_batch=job.micro_batch, mixing_rows=job.mixing_rows)
     train = _train_config(job)
     reader = SampleReader(
-        [_source(job, dataset, policy_config)],
+        training_data.sources(data, policy_config),
         stream,
         chunk_size=policy_config.chunk_size,
         image_box=policy_config.resize_imgs_with_padding,
     )
     numbers = {k: v for k, v in asdict(train).items() if k not in NOT_IDENTITY}
-    identity = numbers | {
+    identity = numbers | data.identity()
+    identity |= {
         "mixing_rows": job.mixing_rows,
-        "dataset_fingerprint": dataset.fingerprint,
         "policy_path": job.policy.path,
-        "rename": job.rename,
         "policy": policy_config.to_dict(),
     }
     folder = _run_folder(job)
     _check_same_run(folder, identity)
-    return Prepared(dataset, policy_config, reader, train, folder, json.loads(json.dumps(identity)))
+    return Prepared(data, policy_config, reader, train, folder, json.loads(json.dumps(identity)))
 
 
 def _check_given(job: TrainJob) -> None:
     """Flags that have no honest default."""
-    for group in ("dataset", "policy"):
-        if not getattr(job, group).path:
-            raise ValueError(f"{group}.path is missing")
+    if not job.policy.path:
+        raise ValueError("policy.path is missing")
     if "/" in job.run_name or job.run_name.startswith("."):
         raise ValueError(f"run_name {job.run_name!r}: must be the name of a folder")
 
@@ -280,16 +264,9 @@ def _run_folder(job: TrainJob) -> Path:
     return folder
 
 
-def _readable(path: str, *, flag: str) -> str:
-    if "://" in path or Path(path).expanduser().exists():
-        return path
-    where = "" if Path(path).is_absolute() else f" (relative to the job's working directory {Path.cwd()})"
-    raise ValueError(f"{flag} {path!r} does not exist{where}")
-
-
-def _policy_config(job: TrainJob, dataset: EpisodeDataset) -> SmolVLAConfig:
-    """The policy's config with the dataset's features."""
-    path = _readable(job.policy.path, flag="policy.path")
+def _policy_config(job: TrainJob, data: TrainingData) -> SmolVLAConfig:
+    """The policy's config with the datasets' features and the optimiser's settings."""
+    path = readable(job.policy.path, flag="policy.path")
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"policy.path {path}: no config.json in it")
     if not (Path(path) / "model.safetensors").is_file() and not job.policy.allow_random_weights:
@@ -297,50 +274,9 @@ def _policy_config(job: TrainJob, dataset: EpisodeDataset) -> SmolVLAConfig:
             f"policy.path {path}: no model.safetensors, so the model would be random; "
             "--policy.allow_random_weights true accepts that"
         )
-    config = SmolVLAConfig.from_pretrained(path)
-    _check_cameras(job, config, dataset)
+    config = training_data.fitted(SmolVLAConfig.from_pretrained(path), data, policy_path=path)
     chosen = {field: getattr(job.optimizer, flag) for flag, field in OPTIMIZER_FIELDS.items()}
-    chosen = {field: value for field, value in chosen.items() if value is not None}
-    return config.with_features(*dataset.policy_features(), rename=job.rename).changed(**chosen)
-
-
-def _check_cameras(job: TrainJob, config: SmolVLAConfig, dataset: EpisodeDataset) -> None:
-    """Refuse names that look like another robot's. Fewer or more cameras are what fine-tuning is for."""
-    known = set(config.camera_names)
-    for name, target in job.rename.items():
-        if name not in dataset.camera_names:
-            raise ValueError(f"rename: {name!r} is no camera of the dataset, it has {dataset.camera_names}")
-        if known and target not in known:
-            raise ValueError(f"rename: {target!r} is no camera of the policy, it has {sorted(known)}")
-    found = {job.rename.get(name, name) for name in dataset.camera_names}
-    if known and not job.rename and not (found <= known or found >= known):
-        raise ValueError(
-            f"policy.path {job.policy.path}: it knows the cameras {sorted(known)}, the dataset has "
-            f"{sorted(found)}; say with --rename which is which"
-        )
-
-
-@contextlib.contextmanager
-def readable_vlm(config: SmolVLAConfig) -> Iterator[None]:
-    """Name the VLM when its files cannot be read: transformers speaks at length of hubs and caches."""
-    try:
-        yield
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"vlm_model_name {config.vlm_model_name!r} of the policy: {reason}") from None
-
-
-def _source(job: TrainJob, dataset: EpisodeDataset, config: SmolVLAConfig) -> Source:
-    features = config.input_features | config.output_features
-    normalizer = Normalizer(dataset.stats, features, config.normalization_mapping)
-    with readable_vlm(config):
-        tokens, mask = tokenize_tasks(
-            list(dataset.tasks),
-            config.vlm_source(),
-            max_length=config.tokenizer_max_length,
-            padding=config.pad_language_to,
-        )
-    return Source(dataset, normalizer, np.asarray(tokens), np.asarray(mask), rename=job.rename)
+    return config.changed(**{field: value for field, value in chosen.items() if value is not None})
 
 
 def _train_config(job: TrainJob) -> TrainConfig:
@@ -401,8 +337,7 @@ def write_start(prepared: Prepared, job: TrainJob) -> None:
             policy = SmolVLAPolicy.from_pretrained(job.policy.path, config=config)
         else:
             policy = SmolVLAPolicy(config, allow_random_vlm=True)  # the flag above says so
-    stats = {job.rename.get(name, name): values for name, values in prepared.dataset.stats.items()}
-    policy.processor = SmolVLAProcessor(config, stats, rename=job.rename)
+    policy.processor = training_data.processor(prepared.data, config)
     policy.save_pretrained(partial)
     partial.rename(start)
 
@@ -430,11 +365,11 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
         return tracking.continue_run(
             job.tracking.uri, known["mlflow_run_id"], resumed_from_step=step, tags=tracking.source_tags()
         )
-    dataset = prepared.dataset
+    data = prepared.data
     params = {
         "policy": job.policy.path,
-        "dataset": job.dataset.path,
-        "dataset_fingerprint": dataset.fingerprint,
+        "dataset": ", ".join(entry.path for entry in data.entries),
+        "dataset_fingerprint": ", ".join(dataset.fingerprint for dataset in data.datasets),
         "steps": job.steps,
         "batch_size": job.batch_size,
         "repeated_noise": job.repeated_noise,
@@ -454,14 +389,16 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
         params=params,
         tags=tracking.source_tags(),
     )
-    counts = {
-        "episodes": len(dataset.episode_index),
-        "frames": dataset.num_frames,
-        "tasks": len(dataset.tasks),
-    }
-    tracking.log_dataset(
-        run, uri=dataset.uri, fingerprint=dataset.fingerprint, features=dataset.features, counts=counts
-    )
+    for number, dataset in enumerate(data.datasets):
+        counts = {
+            "episodes": len(dataset.episode_index),
+            "frames": dataset.num_frames,
+            "tasks": len(dataset.tasks),
+            "share": prepared.reader.plan.share(number),
+        }
+        tracking.log_dataset(
+            run, uri=dataset.uri, fingerprint=dataset.fingerprint, features=dataset.features, counts=counts
+        )
     run.client.log_text(run.run_id, as_yaml(job), "config/job.yaml")
     run.client.log_dict(run.run_id, prepared.identity, "config/identity.json")
     run.client.log_dict(run.run_id, prepared.policy_config.to_dict(), "config/policy.json")
@@ -474,7 +411,9 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
 
 def completed(job: TrainJob) -> TrainJob:
     """The job with the names that depend on other flags and on the environment."""
-    name = job.run_name or f"{Path(job.policy.path).name}-{Path(job.dataset.path).name}"
+    datasets = [job.dataset.path, *(str(entry.get("path", "")) for entry in job.dataset.mixture)]
+    names = "+".join(Path(path).name for path in datasets if path)
+    name = job.run_name or f"{Path(job.policy.path).name}-{names}"
     uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "http://127.0.0.1:5000"
     return replace(job, run_name=name, tracking=replace(job.tracking, uri=uri))
 
@@ -565,9 +504,11 @@ def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, *, at_ste
         folder=prepared.folder,
         train=prepared.train,
         identity=prepared.identity,
-        num_frames=prepared.dataset.num_frames,
+        num_frames=prepared.data.num_frames,
         dataset_uris=tuple(source.dataset.uri for source in prepared.reader.sources),
-        camera_columns=tuple(prepared.reader.sources[0].camera_columns.values()),
+        camera_columns=tuple(
+            prepared.reader.sources[0].camera_columns.get(name, name) for name in prepared.reader.camera_names
+        ),
         max_bad_rows=job.dataset.max_bad_rows,
         writer=writer,
     )

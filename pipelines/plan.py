@@ -146,6 +146,10 @@ class Plan:
         """Micro-batches in a mixing group."""
         return self.mixing_rows // self.micro_batch
 
+    def share(self, source: int) -> float:
+        """The part of the sequence's rows that come from `source`."""
+        return float(self._bounds[source + 1] - self._bounds[source])
+
     def rows_taken(self, source: int, position: int) -> int:
         """How many of the first `position` rows come from `source`; within one row of its exact share."""
         upper, lower = self._bounds[source + 1], self._bounds[source]

@@ -31,7 +31,9 @@ from ray.data.datasource import ReadTask
 from pipelines.dataset import EpisodeDataset, RowGroups
 from pipelines.images import decoded_image, fitted_size, shrunk
 from pipelines.plan import Plan, Rows
+from smolvla import data_utils
 from smolvla.data_utils import Normalizer
+from smolvla.processing import PADDING_MASK
 
 Batch = dict[str, NDArray[Any]]
 
@@ -74,19 +76,26 @@ class Source:
     token_mask: NDArray[np.bool_]
     """(tasks, L): True where a token is real."""
     weight: float | None = None
-    """Share of the mixture; None for all: each its number of frames."""
+    """Share of the mixture, in any unit; None for all: each its number of frames."""
     rename: Mapping[str, str] = field(default_factory=dict)
     """Camera column of the dataset -> camera of the policy; others keep their names."""
+    name: str = ""
+    """What metrics and files call it; empty: the end of its URI."""
 
     @property
     def camera_columns(self) -> dict[str, str]:
         """Camera of the policy -> column of the dataset."""
         return {self.rename.get(name, name): name for name in self.dataset.camera_names}
 
-    def policy_features(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(input_features, output_features) under the policy's names."""
-        inputs, outputs = self.dataset.policy_features()
-        return {self.rename.get(name, name): feature for name, feature in inputs.items()}, outputs
+
+@dataclass(frozen=True)
+class Fit:
+    """What becomes of one dataset's images of a camera; (height, width) in pixels."""
+
+    stored: tuple[int, int]
+    """As declared; an image of another size cannot be used."""
+    scaled: tuple[int, int]
+    """Resized to this; where the stream hands on larger images, zeros fill the left and the top."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +110,7 @@ class SampleReader:
     """(width, height) in pixels; larger images are shrunk to fit inside. None: they stay as they are."""
 
     def __post_init__(self) -> None:
-        first = self.sources[0]
-        for other in self.sources[1:]:
-            if other.policy_features() != first.policy_features():
-                uris = f"{other.dataset.uri} and {first.dataset.uri}"
-                raise ValueError(f"{uris} differ in cameras, image sizes, state or action")
+        assert self._fits  # refuses image sizes that cannot be brought together
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -127,10 +132,16 @@ class SampleReader:
             mixing_rows=self.config.mixing_rows,
         )
 
-    @property
+    @functools.cached_property
     def camera_names(self) -> list[str]:
-        """Cameras under the policy's names, in the first dataset's order."""
-        return list(self.sources[0].camera_columns)
+        """Cameras of all datasets under the policy's names; those of the first dataset come first."""
+        return list(dict.fromkeys(name for source in self.sources for name in source.camera_columns))
+
+    @functools.cached_property
+    def cameras_that_some_lack(self) -> list[str]:
+        """Cameras whose rows carry `<camera>_padding_mask`: not every dataset has them."""
+        columns = [source.camera_columns for source in self.sources]
+        return [name for name in self.camera_names if not all(name in has for has in columns)]
 
     def encoded(self, group: int, *, first: int = 0) -> Iterator[pa.Table]:
         """The micro-batches of a mixing group from its `first` one on, images still compressed."""
@@ -193,8 +204,9 @@ class SampleReader:
             table = table.append_column(name, flat)
         images = {name: table[column].combine_chunks().field("bytes") for name, column in cameras.items()}
         table = table.drop_columns(list(cameras.values()))  # all of them first: names may be swapped
-        for name, encoded in images.items():
-            table = table.append_column(name, encoded.cast(pa.large_binary()))
+        for name in self.camera_names:
+            lacking = pa.nulls(rows) if name not in images else images[name]
+            table = table.append_column(name, lacking.cast(pa.large_binary()))
         return table
 
     def _actions(
@@ -237,38 +249,74 @@ class SampleReader:
             out[TOKEN_MASK][mine, :tokens] = source.token_mask[task[mine]]
         out["bad_cameras"] = np.zeros(b, dtype=np.int64)
         for number, camera in enumerate(self.camera_names):
-            out[camera] = np.zeros((b, *self.image_size(camera), 3), dtype=np.uint8)
-            for i, encoded in enumerate(batch[camera]):
-                image = self._image(encoded.as_py(), camera=camera)
+            height, width = self.image_size(camera)
+            out[camera] = np.zeros((b, height, width, 3), dtype=np.uint8)
+            fits = [self._fits.get((source, camera)) for source in out["source"].tolist()]
+            if camera in self.cameras_that_some_lack:
+                out[PADDING_MASK.format(camera)] = np.array([fit is not None for fit in fits])
+            for i, (fit, encoded) in enumerate(zip(fits, batch[camera], strict=True)):
+                if fit is None:
+                    continue
+                image = _image(encoded.as_py(), fit)
                 if image is None:
                     out["bad_cameras"][i] |= 1 << number
                 else:
-                    out[camera][i] = image
+                    out[camera][i, height - fit.scaled[0] :, width - fit.scaled[1] :] = image
         # Nothing is learned from a row that nobody can see.
         out["action_is_pad"] = out["action_is_pad"] | (out["bad_cameras"] != 0)[:, None]
         return out
 
     def image_size(self, camera: str) -> tuple[int, int]:
-        """(h, w) of a camera's images as the stream hands them on: shrunk to fit the box, never enlarged."""
-        height, width = self._stored_size(camera)
-        if self.image_box is None:
-            return height, width
-        return fitted_size(height, width, box=(self.image_box[0], self.image_box[1]))
+        """(h, w) of a camera's images as the stream hands them on.
 
-    def _stored_size(self, camera: str) -> tuple[int, int]:
-        first = self.sources[0]
-        return first.dataset.image_size(first.camera_columns[camera])
-
-    def _image(self, encoded: bytes | None, *, camera: str) -> NDArray[np.uint8] | None:
-        """One decoded image (h, w, 3) RGB; None if it cannot be decoded, or has not the declared size.
-
-        Shrinking is bilinear without antialiasing, as in the reference; it differs from the reference's float
-        arithmetic by rounding to whole levels.
+        Shrunk to fit the box, never enlarged; where the datasets then differ, the whole box.
         """
-        image = decoded_image(encoded)
-        if image is None or image.shape[:2] != self._stored_size(camera):
-            return None
-        return shrunk(np.asarray(image, dtype=np.uint8), size=self.image_size(camera))
+        sizes = {self._shrunk_size(fit.stored) for (_, name), fit in self._fits.items() if name == camera}
+        if len(sizes) == 1:
+            return sizes.pop()
+        assert self.image_box is not None
+        return self.image_box[1], self.image_box[0]
+
+    def _shrunk_size(self, stored: tuple[int, int]) -> tuple[int, int]:
+        if self.image_box is None:
+            return stored
+        return fitted_size(*stored, box=(self.image_box[0], self.image_box[1]))
+
+    @functools.cached_property
+    def _fits(self) -> dict[tuple[int, str], Fit]:
+        """(number of the source, camera) -> what becomes of its images."""
+        fits: dict[tuple[int, str], Fit] = {}
+        for camera in self.camera_names:
+            stored = {
+                number: source.dataset.image_size(source.camera_columns[camera])
+                for number, source in enumerate(self.sources)
+                if camera in source.camera_columns
+            }
+            scaled = {number: self._shrunk_size(size) for number, size in stored.items()}
+            if len(set(scaled.values())) > 1:
+                if self.image_box is None:
+                    sizes = {self.sources[number].dataset.uri: size for number, size in stored.items()}
+                    raise ValueError(
+                        f"{camera!r} has several sizes (height, width), {sizes}, and this policy's "
+                        "resize_imgs_with_padding is null: it takes images as they are"
+                    )
+                # The policy would leave these as they are, so this is its own resizing, done earlier.
+                box = self.image_box
+                scaled = {number: data_utils.fitted_size(*size, box) for number, size in stored.items()}
+            fits |= {(number, camera): Fit(stored[number], scaled[number]) for number in stored}
+        return fits
+
+
+def _image(encoded: bytes | None, fit: Fit) -> NDArray[np.uint8] | None:
+    """One decoded image (h, w, 3) RGB; None if it cannot be decoded, or has not the declared size.
+
+    Resizing is bilinear without antialiasing, as in the reference; it differs from the reference's float
+    arithmetic by rounding to whole levels.
+    """
+    image = decoded_image(encoded)
+    if image is None or image.shape[:2] != fit.stored:
+        return None
+    return shrunk(np.asarray(image, dtype=np.uint8), size=fit.scaled)
 
 
 def _slice(table: pa.Table, groups: RowGroups, unit: int) -> pa.Table:

@@ -289,7 +289,7 @@ class Summary:
     def _named(self, row: int) -> dict[str, Any]:
         source = self._reader.sources[self._source[row]]
         bad = int(self._columns["bad_cameras"][row])
-        columns = [source.camera_columns[name] for name in self._reader.camera_names]
+        columns = [source.camera_columns.get(name, name) for name in self._reader.camera_names]
         return {
             "dataset": source.dataset.uri,
             "episode": int(self._columns["episode_index"][row]),

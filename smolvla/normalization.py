@@ -25,6 +25,8 @@ Statistics = dict[str, dict[str, Any]]
 
 BEFORE, AFTER = "policy_preprocessor", "policy_postprocessor"
 WEIGHTS = "model.safetensors"
+DATASETS = "processors"
+"""Folder of a checkpoint with the files of each dataset of the mixture that it was trained on, by name."""
 # Newest first; the second pair is of LeRobot before its processors got the policy's name.
 PROCESSOR_FILES = ((BEFORE, AFTER), ("preprocessor", "postprocessor"))
 # `normalize_inputs.buffer_observation_state.mean`; a base trained on several robots has a buffer of each:
@@ -101,11 +103,15 @@ def read_normalization(
     Args:
         source: a folder or a hub id.
         config: the checkpoint's configuration.
-        robot: whose statistics to take where a base checkpoint has those of several ("so100-red").
+        robot: whose statistics to take where a base checkpoint has those of several ("so100-red"), or where
+            a folder has those of each dataset of a mixture.
 
     Raises:
         ValueError: the checkpoint has no statistics, or none that belong to its state and actions.
     """
+    if robot is not None and (names := dataset_names(source)):
+        _check_robot(robot, names, Path(source))
+        source, robot = Path(source) / DATASETS / robot, None
     for before, after in PROCESSOR_FILES:
         path = _found(source, f"{before}.json")
         if path is not None:
@@ -118,6 +124,11 @@ def read_normalization(
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     return files
+
+
+def dataset_names(source: str | Path) -> list[str]:
+    """The datasets of a mixture whose own processor files a folder has."""
+    return sorted(path.name for path in (Path(source) / DATASETS).glob("*") if path.is_dir())
 
 
 def _found(source: str | Path, filename: str) -> Path | None:
@@ -244,8 +255,13 @@ def without_buffers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---- writing ----------------------------------------------------------------------------------------------
 
 
-def write_normalization(folder: Path, config: SmolVLAConfig, files: NormalizationFiles) -> None:
+def write_normalization(
+    folder: Path, config: SmolVLAConfig, files: NormalizationFiles, *, dataset: str | None = None
+) -> None:
     """LeRobot's pre- and post-processor of a policy, with the statistics of its dataset.
+
+    Those of a `dataset` of a mixture go into a folder of that name, written so that they work when they are
+    copied over the checkpoint's own.
 
     Raises:
         ValueError: a feature lacks the statistics that its normalisation needs.
@@ -253,6 +269,9 @@ def write_normalization(folder: Path, config: SmolVLAConfig, files: Normalizatio
     normalizer_of(files, config)  # refuse before anything is written
     outputs = {name: feature for name, feature in files.features.items() if name in config.output_features}
     before = _steps_before(folder, config, files)
+    if dataset is not None:
+        folder = folder / DATASETS / dataset
+        folder.mkdir(parents=True, exist_ok=True)
     after = [
         _normalization_step("unnormalizer_processor", outputs, config, AFTER, step=0),
         {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}},

@@ -17,6 +17,7 @@ from .configuration import ACTION, STATE, SmolVLAConfig
 from .data_utils import tokenize_tasks
 from .normalization import (
     NormalizationFiles,
+    dataset_names,
     normalizer_of,
     read_normalization,
     settings_of,
@@ -68,7 +69,8 @@ class SmolVLAProcessor:
     ) -> Self:
         """The processor of a checkpoint: a folder or a hub id, in any of LeRobot's forms.
 
-        `robot` chooses among the statistics of a base checkpoint; `rename` replaces the checkpoint's own.
+        `robot` chooses among the statistics of a base checkpoint, or among the datasets of a mixture;
+        `rename` replaces the checkpoint's own.
 
         Raises:
             ValueError: statistics are missing, or none belongs to the policy's state and actions.
@@ -77,10 +79,14 @@ class SmolVLAProcessor:
         files = read_normalization(folder, config, robot=robot)
         processor = cls.__new__(cls)
         processor._use(config, files if rename is None else replace(files, rename=dict(rename)), None)
+        names = dataset_names(folder)
+        processor.of_datasets = {name: read_normalization(folder, config, robot=name) for name in names}
         return processor
 
     def _use(self, config: SmolVLAConfig, files: NormalizationFiles, tokenizer: Any) -> None:
         self.config, self.files = config, files
+        self.of_datasets: dict[str, NormalizationFiles] = {}
+        """Of each dataset of the mixture that the policy was trained on, by name; saved with these."""
         self.normalizer = normalizer_of(files, config)
         self._tokenizer = tokenizer
         self._known_tasks: dict[str, tuple[Tensor, Tensor]] = {}
@@ -101,6 +107,8 @@ class SmolVLAProcessor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_normalization(folder, config or self.config, self.files)
+        for name, files in self.of_datasets.items():
+            write_normalization(folder, config or self.config, files, dataset=name)
 
     # ---- one sample ---------------------------------------------------------------------------------------
 

@@ -61,19 +61,17 @@ def ray_session(services):
 @pytest.fixture(scope="session")
 def episodes(ray_session, tmp_path_factory):
     """A dataset of 12 short toy episodes: two tasks, two cameras of 40 x 56 pixels, state and action."""
-    from toys import ToySource
+    from toys import ToySource, ingested
 
-    from pipelines.ingestion import ingest
-    from pipelines.writer import WriterOptions
+    return ingested(ToySource(), tmp_path_factory.mktemp("data") / "toy episodes")
 
-    folder = tmp_path_factory.mktemp("data") / "toy episodes"
-    ingest(
-        ToySource(),
-        str(folder),
-        options=WriterOptions(image_format="jpeg", jpeg_quality=95, resize=None),
-        max_refused=0.0,
-        code_version=None,
-        start_ray=lambda: None,
-        on_progress=lambda progress: None,
+
+@pytest.fixture(scope="session")
+def other_episodes(ray_session, tmp_path_factory):
+    """A dataset of 4 episodes, 96 frames: one camera in common, in another size, and other statistics."""
+    from toys import ToySource, ingested
+
+    source = ToySource(
+        lengths=(20, 9, 35, 32), cameras=("top", "side"), size=(32, 40), scale=5.0, tasks=("wave slowly",)
     )
-    return folder
+    return ingested(source, tmp_path_factory.mktemp("data") / "others")

@@ -25,26 +25,36 @@ NAMES = {"observation.state": ["x", "y", "gripper"], "action": ["dx", "dy", "gri
 class ToySource:
     """Episodes of smooth motion whose pixels and actions tell episode and frame."""
 
+    lengths: tuple[int, ...] = LENGTHS
+    cameras: tuple[str, ...] = ("top", "wrist")
+    size: tuple[int, int] = (40, 56)
+    """(height, width) of the images."""
+    fps: int = 10
+    scale: float = 1.0
+    """Of state and action, so that statistics differ between toys."""
+    tasks: tuple[str, ...] = TASKS
+
     def listing(self) -> Listing:
         features = {
             f"observation.images.{name}": {
                 "dtype": "image",
-                "shape": [40, 56, 3],
+                "shape": [*self.size, 3],
                 "names": ["height", "width", "channels"],
             }
-            for name in ("top", "wrist")
+            for name in self.cameras
         }
         features |= {
             name: {"dtype": "float32", "shape": [len(names)], "names": names} for name, names in NAMES.items()
         }
         units = tuple(
-            Unit(name=f"episode {i}", num_episodes=1, num_frames=n, detail=i) for i, n in enumerate(LENGTHS)
+            Unit(name=f"episode {i}", num_episodes=1, num_frames=n, detail=i)
+            for i, n in enumerate(self.lengths)
         )
         return Listing(
-            fps=10,
+            fps=self.fps,
             robot_type="toy",
             features=features,
-            tasks=TASKS,
+            tasks=self.tasks,
             units=units,
             identity={"toy": 1},
             location="here",
@@ -55,25 +65,43 @@ class ToySource:
             number, length = unit.detail, unit.num_frames
             t = np.arange(length)[:, None] / 10 + number
             columns = {
-                "observation.state": np.sin(t * [1, 2, 3]).astype(np.float32),
-                "action": np.cos(t * [1, 2, 3, 4]).astype(np.float32),
+                "observation.state": (self.scale * np.sin(t * [1, 2, 3])).astype(np.float32),
+                "action": (self.scale * np.cos(t * [1, 2, 3, 4])).astype(np.float32),
             }
             cameras = {
-                f"observation.images.{n}": frames(number, length, tint)
-                for n, tint in (("top", 0), ("wrist", 1))
+                f"observation.images.{name}": frames(number, length, tint, self.size)
+                for tint, name in enumerate(self.cameras)
             }
-            tasks = [TASKS[number % 2]] * length
+            tasks = [self.tasks[number % len(self.tasks)]] * length
             yield Episode(name=str(number), tasks=tasks, columns=columns, cameras=cameras)
 
 
-def frames(episode: int, length: int, tint: int) -> Iterator[np.ndarray]:
+def frames(episode: int, length: int, tint: int, size: tuple[int, int] = (40, 56)) -> Iterator[np.ndarray]:
     """Smooth pictures that differ between episodes, frames and cameras."""
+    height, width = size
     for frame in range(length):
-        image = np.zeros((40, 56, 3), dtype=np.uint8)
-        image[..., 0] = np.linspace(0, 200, 56)[None] + frame % 50
-        image[..., 1] = np.linspace(0, 200, 40)[:, None] + 4 * episode
+        image = np.zeros((height, width, 3), dtype=np.uint8)
+        image[..., 0] = np.linspace(0, 200, width)[None] + frame % 50
+        image[..., 1] = np.linspace(0, 200, height)[:, None] + 4 * episode
         image[..., 2] = 120 * tint + frame
         yield image
+
+
+def ingested(source: ToySource, folder: Path) -> Path:
+    """The toy as an episode dataset; needs Ray."""
+    from pipelines.ingestion import ingest
+    from pipelines.writer import WriterOptions
+
+    ingest(
+        source,
+        str(folder),
+        options=WriterOptions(image_format="jpeg", jpeg_quality=95, resize=None),
+        max_refused=0.0,
+        code_version=None,
+        start_ray=lambda: None,
+        on_progress=lambda progress: None,
+    )
+    return folder
 
 
 @dataclass(frozen=True)
