@@ -2,7 +2,9 @@
 
 step_000000200/
     pretrained_model/   what LeRobot and `SmolVLAPolicy.from_pretrained` load: weights, config, processors
-    training_state/     what trains and AdamW's moments, as DCP shards in safetensors; trainer.json
+    pretrained_model_ema/  the same with the averaged weights, if the run keeps an average
+    adapter/            of a run with adapters, which are merged into the above: what peft puts on start/
+    training_state/     what trains, AdamW's moments and the average, as DCP shards; trainer.json
     MANIFEST.json       size and SHA-256 of every file, written last: without a good one nothing is resumed
 
 Nothing is pickled: torch's distributed checkpoint writes through its safetensors storage, which reshards on
@@ -25,10 +27,14 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
+from pipelines.averaging import WeightAverage
+from smolvla.lora import save_adapter
+
 if TYPE_CHECKING:
     from smolvla.modeling import SmolVLAPolicy
 
-MANIFEST, PRETRAINED, TRAINING = "MANIFEST.json", "pretrained_model", "training_state"
+MANIFEST, TRAINING = "MANIFEST.json", "training_state"
+PRETRAINED, ADAPTER = "pretrained_model", "adapter"  # of averaged weights with _ema behind
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside the step count
 
 
@@ -103,6 +109,8 @@ def save(
     at: Progress,
     identity: Mapping[str, Any],
     group: dist.ProcessGroup,
+    average: WeightAverage | None = None,
+    base: str = "",
 ) -> Callable[[], None]:
     """Start saving; every rank calls it. The returned function finishes it and may run in another thread.
 
@@ -115,6 +123,8 @@ def save(
         at: steps and samples done.
         identity: what the run is, written beside the position.
         group: a gloo group of all ranks, used by nothing else.
+        average: of the policy's weights.
+        base: where the policy lies as it was before its adapters, if it has some.
     """
     rank = dist.get_rank()
     if rank == 0:
@@ -123,16 +133,22 @@ def save(
     dist.barrier(group)
     writer = HuggingFaceStorageWriter(path=str(folder / TRAINING), save_distributed=True)
     written: Any = dcp.async_save(
-        _training_state(policy, optimizer), storage_writer=writer, process_group=group
+        _training_state(policy, optimizer, average), storage_writer=writer, process_group=group
     )
     weights = _full_weights(policy, keep=rank == 0)
+    exported = {"": weights}
+    if average is not None:
+        exported["_ema"] = weights | _gathered(average.weights, keep=rank == 0)
     optimizer_steps = int(torch.stack([state["step"] for state in optimizer.state.values()]).max())
 
     def finish() -> None:
         written.result()  # on rank 0 this waits for every rank's shards
         if rank != 0:
             return
-        policy.save_pretrained(folder / PRETRAINED, state_dict=weights)
+        for suffix, tensors in exported.items():
+            policy.save_pretrained(folder / f"{PRETRAINED}{suffix}", state_dict=tensors)
+            if policy.lora:
+                save_adapter(policy, folder / f"{ADAPTER}{suffix}", base=base, state_dict=tensors)
         # fewer than steps where some were skipped
         trainer = asdict(at) | {"optimizer_steps": optimizer_steps, "identity": identity}
         (folder / TRAINING / "trainer.json").write_text(json.dumps(trainer, indent=1))
@@ -141,14 +157,17 @@ def save(
     return finish
 
 
-def load(folder: Path, policy: "SmolVLAPolicy", optimizer: AdamW) -> Progress:
-    """Put master weights and optimiser state back in place; every rank calls it, at any number of ranks.
+def load(
+    folder: Path, policy: "SmolVLAPolicy", optimizer: AdamW, average: WeightAverage | None = None
+) -> Progress:
+    """Put master weights, optimiser state and average back in place; every rank calls it, however many are.
 
-    The frozen weights are expected in `policy` already: they are those of `pretrained_model/`.
+    The frozen weights are expected in `policy` already: they are those of `pretrained_model/`, or with
+    adapters those of step 0.
     """
     for parameter in _trainable(policy).values():
         optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS}
-    state = _training_state(policy, optimizer)
+    state = _training_state(policy, optimizer, average)
     dcp.load(state, storage_reader=HuggingFaceStorageReader(path=str(folder / TRAINING)))
     trainer = json.loads((folder / TRAINING / "trainer.json").read_text())
     for parameter in _trainable(policy).values():
@@ -162,14 +181,15 @@ def _trainable(policy: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def _training_state(policy: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+def _training_state(policy: nn.Module, optimizer: AdamW, average: WeightAverage | None) -> dict[str, Tensor]:
     """Views of everything that changes while training, by name; loading writes through them."""
     state: dict[str, Tensor] = {}
     for name, parameter in _trainable(policy).items():
         state[f"policy.{name}"] = parameter.detach()
         for moment in MOMENTS:
             state[f"optimizer.{name}.{moment}"] = optimizer.state[parameter][moment]
-    return state
+    averaged = average.weights if average is not None else {}
+    return state | {f"ema.{name}": tensor for name, tensor in averaged.items()}
 
 
 def _full_weights(policy: nn.Module, *, keep: bool) -> dict[str, Tensor]:
@@ -184,6 +204,16 @@ def _full_weights(policy: nn.Module, *, keep: bool) -> dict[str, Tensor]:
         if keep:
             weights[name] = whole.detach().to("cpu", copy=name in trainable and whole is value)
     return weights
+
+
+def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """A copy on the CPU, unsharded; every rank takes part, and only the one that writes it keeps it."""
+    copies = {}
+    for name, value in tensors.items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            copies[name] = whole.detach().to("cpu", copy=True)
+    return copies
 
 
 def _files(folder: Path) -> list[str]:

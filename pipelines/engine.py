@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.plan import noise_seed
+from pipelines.averaging import WeightAverage, local
+from pipelines.plan import ADAPTERS, generator_seed, noise_seed
 from smolvla.data_utils import sample_noise, sample_time
+from smolvla.lora import LoRA, add_adapters
 from smolvla.optimization import adamw, clip_gradients, lr_factor
 
 if TYPE_CHECKING:
@@ -67,6 +68,10 @@ class TrainConfig:
     """A step with a larger gradient norm, or one that is not finite, is skipped."""
     max_skipped_in_a_row: int = 10
     """Skipped steps after which the run fails."""
+    ema_decay: float | None = None
+    """Of an average of the weights, which is saved and validated beside them; None: none is kept."""
+    lora: LoRA | None = None
+    """Adapters that train instead of the weights."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ class Engine:
     """A policy and its optimiser on this worker; `torch.distributed` must be initialised.
 
     Args:
-        policy: whole, on its device, the same on every worker; it is sharded in place if `train` says so.
+        policy: whole, on its device, the same on every worker; it gets adapters and is sharded in place if
+            `train` says so.
         train: what is computed.
     """
 
@@ -94,6 +100,8 @@ class Engine:
         self.policy, self.train, self.device = policy, train, policy.device
         self.num_workers = dist.get_world_size()
         self.accumulation = train.batch_size // (train.micro_batch * self.num_workers)
+        if train.lora:
+            add_adapters(policy, train.lora, seed=generator_seed(ADAPTERS, train.seed))
         if train.activation_checkpointing:
             policy.gradient_checkpointing_enable()
         if train.parallel != "ddp":
@@ -105,6 +113,7 @@ class Engine:
         replicate = train.parallel == "ddp" and self.num_workers > 1
         self._model = DistributedDataParallel(policy) if replicate else policy
         self.optimizer = adamw(policy, policy.config)
+        self.average = WeightAverage(policy, train.ema_decay) if train.ema_decay else None
 
     def _shard(self) -> None:
         settings: dict[str, Any] = {}
@@ -187,7 +196,7 @@ class Engine:
     def _update(self, step: int, *, loss_sum: Tensor, num_valid: Tensor) -> StepResult:
         config, train = self.policy.config, self.train
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
-        gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
         # DDP and FSDP2 averaged over the workers what should be summed and divided by the global count.
         torch._foreach_mul_(gradients, self.num_workers / num_valid)  # pyright: ignore[reportCallIssue] - a tensor is taken
         grad_norm = clip_gradients(parameters, config.optimizer_grad_clip_norm)
@@ -206,10 +215,8 @@ class Engine:
         # What a gradient scaler would set: the fused kernel leaves weights, moments and count as they are.
         self.optimizer.found_inf = (~good).float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
+        if self.average is not None:
+            counts = next(iter(self.optimizer.state.values()))
+            self.average.update(num_updates=counts["step"], kept=good)
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss=loss, grad_norm=grad_norm, skipped=~good, lr=lr)
-
-
-def _local(gradient: Tensor) -> Tensor:
-    """This worker's share of a sharded gradient, or the gradient."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

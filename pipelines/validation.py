@@ -252,8 +252,8 @@ class Summary:
         self.tasks = {
             i: self._part(held_out.tasks[i], task == i) for i in np.unique(task).astype(int).tolist()
         }
-        uris = [source.dataset.uri for source in held_out.reader.sources]
-        self.datasets = {i: self._part(uri, frames.source == i) for i, uri in enumerate(uris)}
+        names = [source.name or Path(source.dataset.uri).name for source in held_out.reader.sources]
+        self.datasets = {i: self._part(name, frames.source == i) for i, name in enumerate(names)}
 
     def _part(self, name: str, chosen: Any) -> Part:
         loss, entries = self._columns["loss"][chosen], self._columns["entries"][chosen]
@@ -270,10 +270,7 @@ class Summary:
         for number, part in list(self.tasks.items())[:MAX_TASK_METRICS]:
             values[f"val/loss/task_{number}_{slug(part.name)}"] = part.loss
         if len(self.datasets) > 1:
-            for number, part in self.datasets.items():
-                name = slug(Path(part.name).name)
-                shared = [n for n, p in self.datasets.items() if slug(Path(p.name).name) == name]
-                values[f"val/loss/dataset_{name if shared == [number] else f'{number}_{name}'}"] = part.loss
+            values |= {f"val/loss/dataset_{part.name}": part.loss for part in self.datasets.values()}
         return values
 
     def record(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from .data_utils import (
     sample_time,
     sinusoidal_time,
 )
+from .lora import LoRA, merged
 from .normalization import has_statistics, without_buffers
 from .processing import IL_STUDIO, IL_STUDIO_IMAGE, TOKENS, TOKENS_MASK, SmolVLAProcessor
 from .real_time_chunking import Guidance
@@ -240,6 +241,8 @@ class SmolVLAPolicy(nn.Module):
         self._processor: SmolVLAProcessor | None = None
         self._statistics_source: str | Path | None = None
         self._queue: deque[Tensor] = deque()
+        self.lora: LoRA | None = None
+        """What adapters it has, if any; see `lora.add_adapters`."""
         self.train()
 
     def _check_image_box(self) -> None:
@@ -618,10 +621,7 @@ class SmolVLAPolicy(nn.Module):
         *,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write a checkpoint that LeRobot and `from_pretrained` load.
-
-        A VLM that came from a folder is copied (configuration, tokenizer, processor; no weights) to `vlm/`
-        inside, so that the checkpoint needs nothing else.
+        """Write a checkpoint that LeRobot and `from_pretrained` load; adapters are merged into the weights.
 
         Args:
             folder: created when missing; files of the same name are replaced.
@@ -630,6 +630,21 @@ class SmolVLAPolicy(nn.Module):
             state_dict: gathered tensors of a sharded policy, instead of its own.
         """
         folder = Path(folder)
+        self.save_description(folder, stats)
+        weights = state_dict or self.state_dict()
+        tensors = {
+            name: tensor.detach().contiguous().cpu()
+            for name, tensor in (merged(weights, self.lora) if self.lora else weights).items()
+        }
+        refuse_misfits(folder, self.shapes, tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def save_description(self, folder: Path, stats: Mapping[str, Any] | None = None) -> None:
+        """Write everything of a checkpoint but its weights.
+
+        A VLM that came from a folder is copied (configuration, tokenizer, processor; no weights) to `vlm/`
+        inside, so that the checkpoint needs nothing else.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config
         if Path(self.vlm_source).is_dir():
@@ -639,12 +654,6 @@ class SmolVLAPolicy(nn.Module):
         processor = self._exported_processor(stats)
         if processor is not None:
             processor.save_pretrained(folder, config)
-        tensors = {
-            name: tensor.detach().contiguous().cpu()
-            for name, tensor in (state_dict or self.state_dict()).items()
-        }
-        refuse_misfits(folder, self.shapes, tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
 
     def _exported_processor(self, stats: Mapping[str, Any] | None) -> SmolVLAProcessor | None:

@@ -1,0 +1,123 @@
+"""A run with an average and adapters goes on from its checkpoint as if it had never stopped, sharded or not."""
+
+import json
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from test_engine import TRAIN
+from toys import golden_rows
+
+from pipelines import checkpoint
+from pipelines.engine import Engine
+from smolvla import SmolVLAPolicy
+from smolvla.lora import LoRA
+
+GOLDEN = Path("tests/golden/default").absolute()
+SAVED, STEPS = 2, 4
+KINDS = {
+    "averaged": {"ema_decay": 0.3},
+    "adapted": {"ema_decay": 0.3, "lora": LoRA(rank=2, alpha=4.0, train_fully=("action_out_proj",))},
+}
+# how the first half and the second half hold the policy
+WAYS = [("ddp", "ddp"), ("fsdp", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")]
+
+
+def steps(engine, numbers, rows):
+    rank, workers, per_step = dist.get_rank(), dist.get_world_size(), TRAIN.batch_size // TRAIN.micro_batch
+    losses = []
+    for step in numbers:
+        mine = [m for m in range((step - 1) * per_step, step * per_step) if m % workers == rank]
+        losses.append(engine.step(step, [(m, rows(m)) for m in mine]).loss.item())
+    return losses
+
+
+def engine_of(kind, parallel):
+    policy, rows = golden_rows(TRAIN.micro_batch)
+    return Engine(policy, replace(TRAIN, steps=STEPS, parallel=parallel, **KINDS[kind])), rows
+
+
+def saved(engine, folder, step, group):
+    at = checkpoint.Progress(step=step, samples_seen=step * TRAIN.batch_size)
+    more = {"average": engine.average, "base": str(GOLDEN)}
+    checkpoint.save(folder, engine.policy, engine.optimizer, at=at, identity={}, group=group, **more)()
+    dist.barrier()
+
+
+def runs(folder):
+    """Losses of the second half, and the checkpoint at its end, without and with a stop in the middle."""
+    group = dist.new_group(backend="gloo")
+    found = {}
+    for kind in KINDS:
+        for parallel in ("ddp", "fsdp"):
+            engine, rows = engine_of(kind, parallel)
+            steps(engine, range(1, SAVED + 1), rows)
+            saved(engine, folder / f"{kind}_{parallel}_middle", SAVED, group)
+            found[f"{kind}_{parallel}"] = steps(engine, range(SAVED + 1, STEPS + 1), rows)
+            saved(engine, folder / f"{kind}_{parallel}", STEPS, group)
+        for first, second in WAYS:
+            engine, rows = engine_of(kind, second)
+            at = checkpoint.load(
+                folder / f"{kind}_{first}_middle", engine.policy, engine.optimizer, engine.average
+            )
+            name = f"{kind}_{first}_{second}"
+            found[name] = steps(engine, range(at.step + 1, STEPS + 1), rows)
+            saved(engine, folder / name, STEPS, group)
+    return found
+
+
+def worker(rank, port, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        found = runs(folder)
+    finally:
+        dist.destroy_process_group()
+    if rank == 0:
+        (folder / "losses.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resumed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, folder), nprocs=2)
+    return folder, json.loads((folder / "losses.json").read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("first", "second"), WAYS)
+def test_a_run_that_stopped_ends_where_the_other_does(two_workers, kind, first, second):
+    folder, losses = two_workers
+    through, resumed = f"{kind}_{second}", f"{kind}_{first}_{second}"
+    tolerance = 0 if first == second else 1e-5  # two orders of summation before the stop
+    assert losses[resumed] == pytest.approx(losses[through], rel=tolerance, abs=0)
+    exported = ["pretrained_model", "pretrained_model_ema"]
+    exported += ["adapter", "adapter_ema"] if kind == "adapted" else []
+    for name in exported:
+        file = "adapter_model.safetensors" if name.startswith("adapter") else "model.safetensors"
+        expected, found = (load_file(folder / run / name / file) for run in (through, resumed))
+        assert found.keys() == expected.keys()
+        for tensor in expected:
+            torch.testing.assert_close(found[tensor], expected[tensor], rtol=tolerance, atol=tolerance)
+
+
+def test_both_exports_load_and_differ_in_what_trains_only(two_workers):
+    folder, _ = two_workers
+    for kind, trained in (("averaged", ".action_in_proj."), ("adapted", ".q_proj.")):
+        plain, averaged = (
+            dict(SmolVLAPolicy.from_pretrained(folder / f"{kind}_fsdp" / name).named_parameters())
+            for name in ("pretrained_model", "pretrained_model_ema")
+        )
+        changed = [name for name in plain if not torch.equal(plain[name], averaged[name])]
+        assert any(trained in name for name in changed)
+        assert not any(".vlm." in name for name in changed)
+    assert any("action_out_proj" in name for name in changed)  # trained beside the adapters
+    assert not any(".action_in_proj." in name for name in changed)
