@@ -225,6 +225,8 @@ def prepare(job: TrainJob) -> Prepared:
         stream,
         chunk_size=policy_config.chunk_size,
         image_box=policy_config.resize_imgs_with_padding,
+        fps=data.fps,
+        num_observations=policy_config.n_obs_steps,
     )
     numbers = {k: v for k, v in asdict(train).items() if k not in NOT_IDENTITY}
     identity = numbers | data.identity()
@@ -380,6 +382,7 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
         "precision": job.precision,
         "parallel": job.parallel,
         "chunk_size": prepared.policy_config.chunk_size,
+        "fps": data.fps,
         "run_folder": str(prepared.folder),
     }
     run = tracking.start_run(

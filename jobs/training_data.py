@@ -32,6 +32,9 @@ class DatasetOptions:
     export: str = ""
     """Name of the dataset of a mixture whose robot the exported policy is for: whose statistics it normalises
     with. Empty: the first. Those of all are in processors/<name>/ beside it."""
+    fps: float | None = None
+    """Frames a second of the policy: of its actions, and of its observations if it sees several. None: those
+    of the data, which must agree. Not above the data's; every frame of the data is still trained on."""
     max_bad_rows: int = 0
     """Different rows with unusable images (cut off, of another size) that the run bears: they are masked out
     of the loss, named in <run>/bad_rows.json and counted as data/bad_rows."""
@@ -39,6 +42,8 @@ class DatasetOptions:
     def __post_init__(self) -> None:
         if self.max_bad_rows < 0:
             raise ValueError(f"dataset.max_bad_rows {self.max_bad_rows} is negative")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"dataset.fps {self.fps} is not positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,8 @@ class TrainingData:
     datasets: Sequence[EpisodeDataset]
     export: int
     """Number of the dataset whose statistics the exported policy gets."""
+    fps: float
+    """Frames a second of the policy."""
 
     @property
     def num_frames(self) -> int:
@@ -69,9 +76,15 @@ class TrainingData:
 
     def identity(self) -> dict[str, Any]:
         """What of the data a run is; one dataset is named as before there were mixtures."""
+        own = all(dataset.fps == self.fps for dataset in self.datasets)
+        policy_fps = None if own else self.fps
         if len(self.entries) == 1:
             rename = dict(self.entries[0].rename)
-            return {"dataset_fingerprint": self.datasets[0].fingerprint, "rename": rename}
+            return {
+                "dataset_fingerprint": self.datasets[0].fingerprint,
+                "rename": rename,
+                "policy_fps": policy_fps,
+            }
         mixture = [
             {
                 "name": entry.name,
@@ -81,7 +94,7 @@ class TrainingData:
             }
             for entry, dataset in zip(self.entries, self.datasets, strict=True)
         ]
-        return {"mixture": mixture, "export": self.entries[self.export].name}
+        return {"mixture": mixture, "export": self.entries[self.export].name, "policy_fps": policy_fps}
 
 
 # ---- what the flags say ------------------------------------------------------------------------------------
@@ -168,9 +181,10 @@ def opened(options: DatasetOptions, *, rename: Mapping[str, str]) -> TrainingDat
     found = entries(options, rename=rename)
     datasets = [open_dataset(readable(entry.path, flag=f"{entry.flag}.path")) for entry in found]
     _check_widths(datasets)
+    fps = _policy_fps(options, datasets)
     names = [entry.name for entry in found]
     export = names.index(options.export) if options.export else 0
-    return TrainingData(entries=found, datasets=datasets, export=export)
+    return TrainingData(entries=found, datasets=datasets, export=export, fps=fps)
 
 
 def _check_widths(datasets: Sequence[EpisodeDataset]) -> None:
@@ -183,6 +197,21 @@ def _check_widths(datasets: Sequence[EpisodeDataset]) -> None:
                     f"{first.uri} and {other.uri}: {name!r} has {widths[0]} and {widths[1]} numbers; "
                     "one policy has one width"
                 )
+
+
+def _policy_fps(options: DatasetOptions, datasets: Sequence[EpisodeDataset]) -> float:
+    slowest = min(datasets, key=lambda dataset: dataset.fps)
+    fastest = max(datasets, key=lambda dataset: dataset.fps)
+    if options.fps is None and slowest.fps != fastest.fps:
+        raise ValueError(
+            f"{slowest.uri} has {slowest.fps} frames a second and {fastest.uri} {fastest.fps}; "
+            f"say with dataset.fps at how many the policy acts, up to {slowest.fps}"
+        )
+    if options.fps is not None and options.fps > slowest.fps:
+        raise ValueError(
+            f"dataset.fps {options.fps:g} is above the {slowest.fps} frames a second of {slowest.uri}"
+        )
+    return slowest.fps if options.fps is None else options.fps
 
 
 # ---- what the policy gets ----------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from ray.data.datasource import ReadTask
 from pipelines.dataset import EpisodeDataset, RowGroups
 from pipelines.images import decoded_image, fitted_size, shrunk
 from pipelines.plan import Plan, Rows
+from pipelines.windows import Int64, frame_steps
 from smolvla import data_utils
 from smolvla.data_utils import Normalizer
 from smolvla.processing import PADDING_MASK
@@ -105,9 +106,13 @@ class SampleReader:
     sources: Sequence[Source]
     config: StreamConfig
     chunk_size: int
-    """H: actions in a window, in frames of the dataset."""
+    """H: actions in a window, in frames of the policy."""
     image_box: Sequence[int] | None
     """(width, height) in pixels; larger images are shrunk to fit inside. None: they stay as they are."""
+    fps: float | None = None
+    """Frames a second of the policy; None: each dataset's own. Every frame of the data is still a sample."""
+    num_observations: int = 1
+    """n: moments of state and images in a sample, the last one its own; above 1 they get an axis of it."""
 
     def __post_init__(self) -> None:
         assert self._fits  # refuses image sizes that cannot be brought together
@@ -169,8 +174,13 @@ class SampleReader:
             "epoch", pa.array(rows.epoch)
         )
 
+    def frame_steps(self, source: int, count: int) -> Int64:
+        """(count,): frames of a dataset between a moment and the policy's frames after it."""
+        fps = self.sources[source].dataset.fps
+        return frame_steps(count, data_fps=fps, policy_fps=self.fps or fps)
+
     def _unit(self, source: int, unit: int) -> pa.Table:
-        """All rows of one row group, with the action windows that reach beyond it."""
+        """All rows of one row group, with what they need of the frames before and behind it."""
         dataset = self.sources[source].dataset
         groups = dataset.row_groups
         episode, first_frame, rows = (
@@ -180,7 +190,13 @@ class SampleReader:
         )
         file, cameras = self._file(source, int(groups.file[unit])), self.sources[source].camera_columns
         columns = ["observation.state", "episode_index", "frame_index", "task_index", *cameras.values()]
-        table = _slice(file.read_row_group(int(groups.group[unit]), columns=columns), groups, unit)
+        frames = np.arange(first_frame, first_frame + rows)[:, None]
+        # (rows, n): the moments that each row sees; the first frame stands for those before the episode
+        seen = np.maximum(frames - self.frame_steps(source, self.num_observations)[::-1], 0)
+        read, first_read = self._episode_rows(
+            source, file, unit, columns, first=int(seen.min()), last=int(frames.max())
+        )
+        table = read.slice(first_frame - first_read)
         expected = (int(dataset.episode_index[episode]), first_frame, first_frame + rows - 1)
         found = (
             table["episode_index"][0].as_py(),
@@ -192,35 +208,41 @@ class SampleReader:
             raise ValueError(
                 f"{name}: row group {groups.group[unit]} holds (episode, frames) {found}, not {expected}"
             )
-        actions = self._actions(source, file, unit, last_frame=first_frame + rows - 1 + self.chunk_size - 1)
         length = int(dataset.episode_length[episode])
-        window = np.arange(first_frame, first_frame + rows)[:, None] + np.arange(self.chunk_size)
-        chunk = actions[np.minimum(window, length - 1) - first_frame]  # (rows, H, A)
-        arrays = {"observation.state": _vectors(table["observation.state"]), "action": chunk}
-        arrays["action_is_pad"] = window >= length
+        window = frames + self.frame_steps(source, self.chunk_size)
+        ahead, _ = self._episode_rows(
+            source, file, unit, ["action"], first=first_frame, last=int(window.max())
+        )
+        chunk = _vectors(ahead["action"])[np.minimum(window, length - 1) - first_frame]  # (rows, H, A)
+        state = _vectors(read["observation.state"])[seen - first_read]  # (rows, n, S)
+        arrays = {"observation.state": state, "action": chunk, "action_is_pad": window >= length}
         for name, values in arrays.items():
             flat = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values[0].size)
             table = table.drop_columns(name) if name in table.column_names else table
             table = table.append_column(name, flat)
-        images = {name: table[column].combine_chunks().field("bytes") for name, column in cameras.items()}
         table = table.drop_columns(list(cameras.values()))  # all of them first: names may be swapped
         for name in self.camera_names:
-            lacking = pa.nulls(rows) if name not in images else images[name]
-            table = table.append_column(name, lacking.cast(pa.large_binary()))
+            encoded = pa.nulls(rows * self.num_observations, pa.large_binary())
+            if name in cameras:
+                encoded = read[cameras[name]].combine_chunks().field("bytes").cast(pa.large_binary())
+                if self.num_observations > 1:
+                    encoded = encoded.take(pa.array((seen - first_read).reshape(-1)))
+            if self.num_observations > 1:
+                encoded = pa.FixedSizeListArray.from_arrays(encoded, self.num_observations)
+            table = table.append_column(name, encoded)
         return table
 
-    def _actions(
-        self, source: int, file: pq.ParquetFile, unit: int, *, last_frame: int
-    ) -> NDArray[np.float32]:
-        """(frames, A): the actions from the unit's first frame to `last_frame` or the end of the episode."""
-        groups = self.sources[source].dataset.row_groups
-        end = int(self.sources[source].dataset.groups_of_episode[groups.episode[unit] + 1])
-        beyond = np.searchsorted(groups.first_frame[unit:end], last_frame, side="right")
-        parts = [
-            _slice(file.read_row_group(int(groups.group[i]), columns=["action"]), groups, i)
-            for i in range(unit, unit + int(beyond))
-        ]
-        return _vectors(pa.concat_tables(parts)["action"])
+    def _episode_rows(
+        self, source: int, file: pq.ParquetFile, unit: int, columns: list[str], *, first: int, last: int
+    ) -> tuple[pa.Table, int]:
+        """The units of the unit's episode with its frames from `first` to `last` or its end; their first."""
+        dataset = self.sources[source].dataset
+        groups, episode = dataset.row_groups, int(dataset.row_groups.episode[unit])
+        start, end = (int(place) for place in dataset.groups_of_episode[episode : episode + 2])
+        low, high = np.searchsorted(groups.first_frame[start:end], [first, last], side="right") + start
+        units = range(int(low) - 1, int(high))
+        parts = [_slice(file.read_row_group(int(groups.group[i]), columns=columns), groups, i) for i in units]
+        return pa.concat_tables(parts), int(groups.first_frame[units[0]])
 
     @functools.cached_property
     def _file(self) -> Callable[[int, int], pq.ParquetFile]:
@@ -230,11 +252,15 @@ class SampleReader:
         )
 
     def decoded(self, batch: pa.Table) -> Batch:
-        """Encoded rows -> arrays: images uint8 (b, h, w, 3), the rest float32, int64 and bool."""
-        b = len(batch)
+        """Encoded rows -> arrays: images uint8 (b, h, w, 3), the rest float32, int64 and bool.
+
+        With several observations images are (b, n, h, w, 3) and states (b, n, S).
+        """
+        b, n = len(batch), self.num_observations
         out: Batch = {name: batch[name].to_numpy() for name in ROW_IDS if name in batch.column_names}
         out["action_is_pad"] = _vectors(batch["action_is_pad"])
         state = _vectors(batch["observation.state"])
+        state = state.reshape(b, n, -1) if n > 1 else state
         action = _vectors(batch["action"]).reshape(b, self.chunk_size, -1)
         task = batch["task_index"].to_numpy()
         out["observation.state"], out["action"] = np.empty_like(state), np.empty_like(action)
@@ -250,18 +276,21 @@ class SampleReader:
         out["bad_cameras"] = np.zeros(b, dtype=np.int64)
         for number, camera in enumerate(self.camera_names):
             height, width = self.image_size(camera)
-            out[camera] = np.zeros((b, height, width, 3), dtype=np.uint8)
+            images = np.zeros((b * n, height, width, 3), dtype=np.uint8)
+            encoded = batch[camera].combine_chunks().flatten() if n > 1 else batch[camera]
             fits = [self._fits.get((source, camera)) for source in out["source"].tolist()]
             if camera in self.cameras_that_some_lack:
                 out[PADDING_MASK.format(camera)] = np.array([fit is not None for fit in fits])
-            for i, (fit, encoded) in enumerate(zip(fits, batch[camera], strict=True)):
+            for i, stored in enumerate(encoded):
+                fit = fits[i // n]
                 if fit is None:
                     continue
-                image = _image(encoded.as_py(), fit)
+                image = _image(stored.as_py(), fit)
                 if image is None:
-                    out["bad_cameras"][i] |= 1 << number
+                    out["bad_cameras"][i // n] |= 1 << number
                 else:
-                    out[camera][i, height - fit.scaled[0] :, width - fit.scaled[1] :] = image
+                    images[i, height - fit.scaled[0] :, width - fit.scaled[1] :] = image
+            out[camera] = images.reshape(b, n, height, width, 3) if n > 1 else images
         # Nothing is learned from a row that nobody can see.
         out["action_is_pad"] = out["action_is_pad"] | (out["bad_cameras"] != 0)[:, None]
         return out
@@ -394,11 +423,12 @@ def micro_batches(reader: SampleReader, *, start: int, stop: int) -> Dataset:
 
 
 class ToTorch(NumpyBatchCollateFn):
-    """A block -> tensors that share its memory; images become [b, 3, h, w] views."""
+    """A block -> tensors that share its memory; images become (b, 3, h, w) or (b, n, 3, h, w) views."""
 
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             # The blocks lie read-only in the object store, and nothing here writes to them.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
-        return {name: t.permute(0, 3, 1, 2) if t.dim() == 4 else t for name, t in tensors.items()}
+        # (..., h, w, 3) -> (..., 3, h, w)
+        return {name: t.movedim(-1, -3) if t.dim() > 3 else t for name, t in tensors.items()}

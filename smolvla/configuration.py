@@ -36,6 +36,7 @@ class SmolVLAConfig(PretrainedConfig):
     model_type = "smolvla"
 
     n_obs_steps: int = 1
+    """Moments of state and images in a batch; SmolVLA looks at the last one only."""
     input_features: dict[str, Feature] = field(default_factory=dict)
     """Cameras (in the order in which the prefix holds them) and the state; a camera's shape is [3, H, W]."""
     output_features: dict[str, Feature] = field(default_factory=dict)
@@ -250,9 +251,15 @@ class SmolVLAConfig(PretrainedConfig):
     # ---- values -----------------------------------------------------------------------------------------
 
     def _check_values(self) -> None:
-        for name in ("chunk_size", "n_action_steps", "max_state_dim", "max_action_dim", "num_steps"):
+        for name in (
+            "n_obs_steps",
+            "chunk_size",
+            "n_action_steps",
+            "max_state_dim",
+            "max_action_dim",
+            "num_steps",
+        ):
             require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
-        require(self.n_obs_steps == 1, "n_obs_steps", self.n_obs_steps, "1: SmolVLA sees one moment")
         require(
             self.n_action_steps <= self.chunk_size,
             "n_action_steps",

@@ -26,7 +26,7 @@ def prepared(options, *, box=(48, 48), rename=None):
     template = TINY.changed(resize_imgs_with_padding=list(box) if box else None)
     config = training_data.fitted(template, data, policy_path="tiny")
     sources = training_data.sources(data, config)
-    return config, SampleReader(sources, STREAM, config.chunk_size, box)
+    return config, SampleReader(sources, STREAM, config.chunk_size, box, fps=data.fps)
 
 
 @pytest.fixture(scope="module")

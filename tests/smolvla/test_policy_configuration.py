@@ -69,7 +69,7 @@ def test_another_policy_is_refused(tmp_path):
         ({"resize_imgs_with_padding": [512]}, r"resize_imgs_with_padding is \[512\]"),
         ({"normalization_mapping": {"STATE": "STD"}}, r"normalization_mapping\['STATE'\] is 'STD'"),
         ({"use_delta_joint_actions_aloha": True}, "use_delta_joint_actions_aloha is True"),
-        ({"n_obs_steps": 2}, "n_obs_steps is 2"),
+        ({"n_obs_steps": 0}, "n_obs_steps is 0"),
         ({"min_period": 5.0}, "min_period is 5.0"),
     ],
 )
