@@ -2,10 +2,10 @@
 
 A source is known by the number of rows in each of its row groups. Epoch e permutes its row groups; the
 permuted groups laid end to end, epoch after epoch, are an infinite sequence of rows in which every frame
-stands exactly once an epoch. The plan cuts that sequence into mixing groups of `mixing_rows`, permutes the
-rows inside each, and cuts the result into micro-batches. Micro-batch m therefore holds the same rows whatever
-the number of workers, and the whole state of the stream is one integer: the number of samples that were
-taken.
+stands exactly once an epoch. The plan cuts that sequence into mixing groups of `mixing_rows`, spreads the
+rows of each row group at random over its mixing group, and cuts the result into micro-batches. Micro-batch m
+therefore holds the same rows whatever the number of workers, and the whole state of the stream is one
+integer: the number of samples that were taken.
 
 Only raw 64-bit output of PCG64 is used and sorted, because NumPy keeps that stream stable over versions and
 does not promise it for `Generator.permutation`.
@@ -33,6 +33,26 @@ def random_order(count: int, *seed: int) -> Int64:
     return np.argsort(keys, kind="stable").astype(np.int64)
 
 
+def spread_order(units: Int64, *seed: int) -> Int64:
+    """A random order of rows in which those of one unit stand as far apart as they can.
+
+    Of a unit's n rows, in random order, row k falls at random into the k-th of n equal parts of the whole.
+    With 64 row groups of 16 rows, any 64 consecutive rows come from nearly all of them.
+
+    Args:
+        units: for each row the number of its unit; the rows of a unit stand together.
+        seed: words of the seed.
+    """
+    count = len(units)
+    keys, jitter = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(2 * count).reshape(2, count)
+    size = np.bincount(units)
+    by_unit = np.lexsort((keys, units))
+    rank = np.empty(count, dtype=np.uint64)
+    rank[by_unit] = np.arange(count) - np.repeat(np.cumsum(size) - size, size)
+    place = ((rank << np.uint64(32)) + (jitter >> np.uint64(32))) // size[units].astype(np.uint64)
+    return np.argsort(place, kind="stable").astype(np.int64)
+
+
 def noise_seed(seed: int, micro_batch: int) -> int:
     """Seed of the generator that draws noise, time and augmentation of one micro-batch, in [0, 2**63)."""
     return generator_seed(MICRO_BATCH_NOISE, seed, micro_batch)
@@ -57,6 +77,14 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def units(self) -> Int64:
+        """For rows that stand row group by row group: 0 for those of the first, 1 for the next, and so on."""
+        begins = np.zeros(len(self), dtype=np.int64)
+        for column in (self.source, self.epoch, self.row_group):
+            begins[1:] |= np.diff(column) != 0
+        return np.cumsum(begins)
 
     def __getitem__(self, index: slice | Int64) -> "Rows":
         return Rows(self.source[index], self.epoch[index], self.row_group[index], self.offset[index])
@@ -217,7 +245,7 @@ class Plan:
             parts.append((np.full(len(epoch), i), epoch, row_group, offset))
             source_of_place[np.diff(counts) == 1] = i
         rows = Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-        shuffled = rows[random_order(self.mixing_rows, MIXING_ORDER, self.seed, group)]
+        shuffled = rows[spread_order(rows.units, MIXING_ORDER, self.seed, group)]
         index = np.empty(self.mixing_rows, dtype=np.int64)
         index[np.argsort(source_of_place, kind="stable")] = np.argsort(shuffled.source, kind="stable")
         return shuffled[index]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.plan import Plan, noise_seed, random_order
+from pipelines.plan import Plan, noise_seed, random_order, spread_order
 
 row_counts = st.lists(st.integers(1, 40), min_size=1, max_size=30).map(np.array)
 
@@ -98,6 +98,25 @@ def test_a_mixture_takes_whole_groups_with_both_sources_in_their_shares():
     plan = Plan([np.full(10, 16), np.full(3, 16)], weights=[3, 1], seed=1, micro_batch=4, mixing_rows=64)
     for group in range(20):
         assert Counter(plan.mixing_group(group).source.tolist()) == {0: 48, 1: 16}
+
+
+def test_the_rows_of_a_row_group_are_spread_over_the_whole_mixing_group():
+    units = np.repeat(np.arange(20), 4)
+    order = spread_order(units, 1, 2)
+    for quarter in units[order].reshape(4, 20):
+        assert sorted(quarter) == list(range(20))  # one of the four rows of each
+        assert quarter.tolist() != list(range(20))
+    assert sorted(order) == list(range(80))
+    assert order.tolist() != spread_order(units, 1, 3).tolist()
+
+
+def test_batches_hold_nearly_as_many_episodes_as_after_a_shuffle_of_everything():
+    counts, episode = np.full(200 * 10, 16), np.repeat(np.arange(200), 10)
+    plan = Plan([counts], seed=5, micro_batch=8, mixing_rows=1024)
+    ids_in_order = np.concatenate([episode[plan.mixing_group(g).row_group] for g in range(31)])
+    found = np.mean([len(set(batch)) for batch in ids_in_order.reshape(-1, 64).tolist()])
+    expected = 200 * (1 - (1 - 1 / 200) ** 64)  # of 64 independent draws
+    assert found > 0.95 * expected
 
 
 def test_another_seed_is_another_order_and_the_same_seed_the_same():
