@@ -28,6 +28,7 @@ import yaml
 from jobs import command_line, tracking, training_data
 from jobs.training_data import DatasetOptions, TrainingData, readable, readable_vlm
 from pipelines import training
+from pipelines.augmentation import AugmentationConfig
 from pipelines.engine import Parallel, TrainConfig
 from pipelines.stream import SampleReader, StreamConfig
 from pipelines.training import Cluster, Run
@@ -88,6 +89,7 @@ class TrainJob:
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     policy: PolicyOptions = field(default_factory=PolicyOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
     rename: dict[str, str] = field(default_factory=dict)
@@ -227,6 +229,7 @@ def prepare(job: TrainJob) -> Prepared:
         image_box=policy_config.resize_imgs_with_padding,
         fps=data.fps,
         num_observations=policy_config.n_obs_steps,
+        augmentation=job.augmentation if job.augmentation.is_on else None,
     )
     numbers = {k: v for k, v in asdict(train).items() if k not in NOT_IDENTITY}
     identity = numbers | data.identity()
@@ -234,6 +237,7 @@ def prepare(job: TrainJob) -> Prepared:
         "mixing_rows": job.mixing_rows,
         "policy_path": job.policy.path,
         "policy": policy_config.to_dict(),
+        "augmentation": asdict(job.augmentation) if job.augmentation.is_on else None,
     }
     folder = _run_folder(job)
     _check_same_run(folder, identity)

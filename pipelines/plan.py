@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 Int64 = NDArray[np.int64]
 
 # What a random stream is for; the first word of its seed.
-EPOCH_ORDER, MIXING_ORDER, MICRO_BATCH_NOISE = 0, 1, 2
+EPOCH_ORDER, MIXING_ORDER, MICRO_BATCH_NOISE, AUGMENTATION = 0, 1, 2, 3
 HELD_OUT, VALIDATION_NOISE, ADAPTERS = 8, 9, 10
 
 
@@ -54,7 +54,7 @@ def spread_order(units: Int64, *seed: int) -> Int64:
 
 
 def noise_seed(seed: int, micro_batch: int) -> int:
-    """Seed of the generator that draws noise, time and augmentation of one micro-batch, in [0, 2**63)."""
+    """Seed of the generator that draws noise and time of one micro-batch, in [0, 2**63)."""
     return generator_seed(MICRO_BATCH_NOISE, seed, micro_batch)
 
 

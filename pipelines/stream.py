@@ -28,6 +28,7 @@ from ray.data.block import BlockMetadata
 from ray.data.collate_fn import NumpyBatchCollateFn
 from ray.data.datasource import ReadTask
 
+from pipelines.augmentation import AugmentationConfig, augmented, draws
 from pipelines.dataset import EpisodeDataset, RowGroups
 from pipelines.images import decoded_image, fitted_size, shrunk
 from pipelines.plan import Plan, Rows
@@ -113,6 +114,8 @@ class SampleReader:
     """Frames a second of the policy; None: each dataset's own. Every frame of the data is still a sample."""
     num_observations: int = 1
     """n: moments of state and images in a sample, the last one its own; above 1 they get an axis of it."""
+    augmentation: AugmentationConfig | None = None
+    """Of the micro-batches' images; rows that belong to none, those of validation, stay as they are."""
 
     def __post_init__(self) -> None:
         assert self._fits  # refuses image sizes that cannot be brought together
@@ -281,6 +284,7 @@ class SampleReader:
             fits = [self._fits.get((source, camera)) for source in out["source"].tolist()]
             if camera in self.cameras_that_some_lack:
                 out[PADDING_MASK.format(camera)] = np.array([fit is not None for fit in fits])
+            augment = self._augmentation(out, number)
             for i, stored in enumerate(encoded):
                 fit = fits[i // n]
                 if fit is None:
@@ -289,11 +293,22 @@ class SampleReader:
                 if image is None:
                     out["bad_cameras"][i // n] |= 1 << number
                 else:
+                    image = augment(image, i // n) if augment else image
                     images[i, height - fit.scaled[0] :, width - fit.scaled[1] :] = image
             out[camera] = images.reshape(b, n, height, width, 3) if n > 1 else images
         # Nothing is learned from a row that nobody can see.
         out["action_is_pad"] = out["action_is_pad"] | (out["bad_cameras"] != 0)[:, None]
         return out
+
+    def _augmentation(self, batch: Batch, camera: int) -> Callable[[Any, int], Any] | None:
+        """(image, row of the micro-batch) -> image; the moments of a history are treated alike."""
+        config = self.augmentation
+        if config is None or not config.is_on or "micro_batch" not in batch:
+            return None
+        number, seed = int(batch["micro_batch"][0]), self.config.seed
+        return lambda image, row: augmented(
+            image, config, draws(seed, micro_batch=number, row=row, camera=camera)
+        )
 
     def image_size(self, camera: str) -> tuple[int, int]:
         """(h, w) of a camera's images as the stream hands them on.
