@@ -30,8 +30,9 @@ from jobs.training_data import DatasetOptions, TrainingData, readable, readable_
 from pipelines import training
 from pipelines.augmentation import AugmentationConfig
 from pipelines.engine import Parallel, TrainConfig
+from pipelines.run import Run
 from pipelines.stream import SampleReader, StreamConfig
-from pipelines.training import Cluster, Run
+from pipelines.training import Cluster
 from smolvla.configuration import SmolVLAConfig
 from smolvla.modeling import SmolVLAPolicy
 
@@ -124,7 +125,9 @@ class TrainJob:
     """Of the computation; master weights are float32."""
     compile: bool = False
     """Compile the layers; the first step of every worker pays for it."""
-    num_workers: int = 1
+    num_workers: int | str = 1
+    """How many, or "<fewest>-<most>": the run takes what the cluster has, and goes on with fewer when a node
+    is lost. The numbers of the run do not depend on it."""
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     max_failures: int = 3
@@ -140,7 +143,6 @@ class TrainJob:
             "batch_size",
             "micro_batch",
             "repeated_noise",
-            "num_workers",
             "log_every",
             "max_skipped_in_a_row",
         ):
@@ -152,20 +154,42 @@ class TrainJob:
         self._check_parallel()
         if self.cpus_per_worker <= 0:
             raise ValueError(f"cpus_per_worker {self.cpus_per_worker} is not positive")
-        if self.batch_size % (self.micro_batch * self.num_workers):
+        count, rest = divmod(self.batch_size, self.micro_batch)
+        if rest:
             raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch} * "
-                f"num_workers {self.num_workers}"
+                f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}"
+            )
+        if count < self.workers[1]:
+            raise ValueError(
+                f"num_workers {self.num_workers}: batch_size {self.batch_size} is {count} micro-batches of "
+                f"{self.micro_batch}, and every worker needs one"
             )
 
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The fewest and the most."""
+        few, dash, most = str(self.num_workers).partition("-")
+        try:
+            found = int(few), int(most if dash else few)
+        except ValueError:
+            found = 0, 0
+        if not 1 <= found[0] <= found[1]:
+            raise ValueError(f'num_workers {self.num_workers!r}: need a count from 1 on, or a range as "1-4"')
+        return found
+
     def _check_parallel(self) -> None:
+        fewest, most = self.workers
         if self.parallel != "hsdp":
             if self.shard_workers != 1:
                 raise ValueError(
                     f"shard_workers {self.shard_workers} is of parallel hsdp, not {self.parallel}"
                 )
             return
-        if not 1 < self.shard_workers < self.num_workers or self.num_workers % self.shard_workers:
+        if fewest < most:
+            raise ValueError(
+                f"num_workers {self.num_workers}: the groups of parallel hsdp need a fixed number"
+            )
+        if not 1 < self.shard_workers < most or most % self.shard_workers:
             raise ValueError(
                 f"shard_workers {self.shard_workers} of num_workers {self.num_workers}: parallel hsdp needs "
                 "at least two equal groups of at least two workers"
@@ -351,13 +375,14 @@ def write_start(prepared: Prepared, job: TrainJob) -> None:
 def check_cluster(job: TrainJob) -> None:
     """Refuse what the cluster can never give; Ray would wait for it in silence."""
     have = ray.cluster_resources()
-    need = job.num_workers * job.cpus_per_worker
+    fewest = job.workers[0]
+    need = fewest * job.cpus_per_worker
     if have.get("CPU", 0) < need + 1:
         raise ValueError(
             f"num_workers {job.num_workers} * cpus_per_worker {job.cpus_per_worker} and one CPU for the data "
             f"need {need + 1} CPUs, the cluster has {have.get('CPU', 0)}"
         )
-    if job.use_gpu and have.get("GPU", 0) < job.num_workers:
+    if job.use_gpu and have.get("GPU", 0) < fewest:
         raise ValueError(
             f"num_workers {job.num_workers} with use_gpu, the cluster has {have.get('GPU', 0)} GPUs"
         )
@@ -519,8 +544,9 @@ def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, *, at_ste
         max_bad_rows=job.dataset.max_bad_rows,
         writer=writer,
     )
+    fewest, most = job.workers
     cluster = Cluster(
-        num_workers=job.num_workers,
+        num_workers=most if fewest == most else job.workers,
         use_gpu=job.use_gpu,
         cpus_per_worker=job.cpus_per_worker,
         max_failures=job.max_failures,

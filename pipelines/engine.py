@@ -1,17 +1,18 @@
 """One optimiser step on any number of workers, replicated (DDP) or sharded (FSDP2, HSDP): the same numbers.
 
-The mathematics does not know how many workers there are. The global batch is fixed in samples; b * W * k =
-batch_size gives each worker k micro-batches a step; noise and time of micro-batch m come from a generator
-seeded by (seed, m); gradients are sums over valid action entries, divided once by the global count of them.
+The mathematics does not know how many workers there are. The global batch is fixed in samples: a step is
+batch_size / b micro-batches, dealt to any number of workers up to that many; noise and time of micro-batch m
+come from a generator seeded by (seed, m); gradients are sums over valid action entries, divided once by the
+global count of them.
 
 A step whose loss or gradient is not finite, or whose gradient is absurd, changes nothing: the optimiser's
 kernel skips it on the device, so no step waits for the host to look.
 
-Shape letters: b micro-batch, W workers, k accumulation, m number of a micro-batch.
+Shape letters: b micro-batch, W workers, m number of a micro-batch.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.averaging import WeightAverage, local
 from pipelines.plan import ADAPTERS, generator_seed, noise_seed
+from smolvla.configuration import ACTION
 from smolvla.data_utils import sample_noise, sample_time
 from smolvla.lora import LoRA, add_adapters
 from smolvla.optimization import adamw, clip_gradients, lr_factor
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from smolvla.modeling import SmolVLAPolicy
 
 Parallel = Literal["ddp", "fsdp", "hsdp"]
+Draw = Callable[[int, tuple[int, ...]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,11 @@ class TrainConfig:
     lora: LoRA | None = None
     """Adapters that train instead of the weights."""
 
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, over all workers."""
+        return self.batch_size // self.micro_batch
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -94,12 +102,15 @@ class Engine:
         policy: whole, on its device, the same on every worker; it gets adapters and is sharded in place if
             `train` says so.
         train: what is computed.
+        draw: noise (R, H, A) and times (R,) for micro-batch m and that shape of noise; by default from a
+            generator seeded by (seed, m).
     """
 
-    def __init__(self, policy: "SmolVLAPolicy", train: TrainConfig) -> None:
+    def __init__(self, policy: "SmolVLAPolicy", train: TrainConfig, *, draw: Draw | None = None) -> None:
         self.policy, self.train, self.device = policy, train, policy.device
+        self._draw = draw or self._seeded_draw
         self.num_workers = dist.get_world_size()
-        self.accumulation = train.batch_size // (train.micro_batch * self.num_workers)
+        self._most = -(-train.micro_batches // self.num_workers)  # micro-batches that a worker may have
         if train.lora:
             add_adapters(policy, train.lora, seed=generator_seed(ADAPTERS, train.seed))
         if train.activation_checkpointing:
@@ -128,23 +139,45 @@ class Engine:
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         self.policy.shard(mesh=mesh, **settings)
 
-    def step(self, step: int, micro_batches: Iterable[tuple[int, dict[str, Tensor]]]) -> StepResult:
-        """Train on this worker's `accumulation` micro-batches (m, columns) of optimiser step `step`."""
+    def step(
+        self, step: int, micro_batches: Iterable[tuple[int, dict[str, Tensor]]], *, count: int
+    ) -> StepResult:
+        """Train on this worker's `count` micro-batches (m, columns) of optimiser step `step`.
+
+        All workers together bring `TrainConfig.micro_batches`; at least one each, and one more or less.
+        """
+        assert 0 < count <= self._most, f"{count} micro-batches of step {step} for one worker"
         totals = torch.zeros(2, device=self.device)
-        for i, (number, batch) in enumerate(micro_batches):
-            with self._gradients_synchronised(i == self.accumulation - 1):
+        for i, (number, batch) in enumerate(self._in_step(micro_batches, count)):
+            with self._gradients_synchronised(i, count):
                 totals += self._backward(number, batch)
         dist.all_reduce(totals)
         return self._update(step, loss_sum=totals[0], num_valid=totals[1])
 
+    def _in_step(
+        self, micro_batches: Iterable[tuple[int, dict[str, Tensor]]], count: int
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """The micro-batches; under FSDP2 with one that counts nothing where others have one more.
+
+        Each pass through a sharded policy gathers its weights from everybody.
+        """
+        number, batch = 0, {}
+        for number, batch in micro_batches:
+            yield number, batch
+        if self.train.parallel != "ddp" and count < self._most:
+            padded = torch.ones(batch[ACTION].shape[:2], dtype=torch.bool, device=self.device)
+            yield number, batch | {"action_is_pad": padded}
+
     @contextlib.contextmanager
-    def _gradients_synchronised(self, now: bool) -> Any:  # noqa: FBT001 -- reads as a sentence
+    def _gradients_synchronised(self, i: int, count: int) -> Iterator[None]:
+        """Around pass i of this worker: gradients go to the others with the last one."""
         if isinstance(self._model, DistributedDataParallel):
-            with contextlib.nullcontext() if now else self._model.no_sync():
+            with contextlib.nullcontext() if i == count - 1 else self._model.no_sync():
                 yield
             return
         if self.train.parallel != "ddp":
-            self.policy.set_requires_gradient_sync(now)  # pyright: ignore[reportCallIssue] - FSDP2's method
+            last = i == self._most - 1
+            self.policy.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue] - FSDP2's method
         yield
 
     def _backward(self, number: int, batch: dict[str, Tensor]) -> Tensor:
@@ -152,19 +185,21 @@ class Engine:
         train = self.train
         inputs = self.policy.prepare_inputs(batch)
         samples, *chunk = inputs["actions"].shape
-        # on the CPU: the same on any device
-        generator = torch.Generator().manual_seed(noise_seed(train.seed, number))
-        noise = sample_noise((samples * train.repeated_noise, *chunk), generator)
-        times = sample_time(len(noise), generator).to(self.device, non_blocking=True)
+        noise, times = self._draw(number, (samples * train.repeated_noise, *chunk))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             out = self._model(
                 **inputs,
                 noise=noise.to(self.device, non_blocking=True),
-                time=times,
+                time=times.to(self.device, non_blocking=True),
                 repeated_noise=train.repeated_noise,
             )
         out["loss_sum"].backward()
         return torch.stack([out["loss_sum"].detach(), out["num_valid"].float()])
+
+    def _seeded_draw(self, number: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """On the CPU: the same on any device."""
+        generator = torch.Generator().manual_seed(noise_seed(self.train.seed, number))
+        return sample_noise(shape, generator), sample_time(shape[0], generator)
 
     @property
     def sharded(self) -> bool:

@@ -59,7 +59,7 @@ class VLAFlowMatching(nn.Module):
         self.action_out_proj = nn.Linear(width, config.max_action_dim)
         self.action_time_mlp_in = nn.Linear(2 * width, width)
         self.action_time_mlp_out = nn.Linear(width, width)
-        self.image_special_tokens = image_special_tokens(source) if config.add_image_special_tokens else None
+        self.image_special_tokens = image_special_tokens(source) if config.add_image_special_tokens else ()
 
     def embed_prefix(
         self, images: Sequence[Tensor], img_masks: Sequence[Tensor], lang_tokens: Tensor, lang_masks: Tensor
@@ -71,13 +71,17 @@ class VLAFlowMatching(nn.Module):
         """
         tokens, real = [], []
         always = torch.ones_like(lang_masks[:, :1], dtype=torch.bool)
-        start, end = self._image_special_tokens(len(lang_tokens))
+        # All words in one lookup: FSDP2 gathers the embedding for it, and reduces its gradient once.
+        special = lang_tokens.new_tensor(self.image_special_tokens).expand(len(lang_tokens), -1)
+        words = self.vlm_with_expert.embed_language_tokens(torch.cat((special, lang_tokens), dim=1))
+        # <fake><global-img> before an image and <fake> behind it, not scaled; both empty unless configured
+        start, language = words.split((special.shape[1], lang_tokens.shape[1]), dim=1)
+        end = start[:, :1]
         for features, mask in zip(self._embed_images(images), img_masks, strict=True):
             tokens += [start, features, end]
             # Special tokens count as real even when their camera is masked, as in LeRobot.
             around = (always.expand(start.shape[:2]), always.expand(end.shape[:2]))
             real += [around[0], mask[:, None].expand(features.shape[:2]), around[1]]
-        language = self.vlm_with_expert.embed_language_tokens(lang_tokens)
         tokens.append(language * language.shape[-1] ** 0.5)
         real.append(lang_masks.bool())
         return torch.cat(tokens, dim=1), torch.cat(real, dim=1)
@@ -89,15 +93,6 @@ class VLAFlowMatching(nn.Module):
         else:
             features = [self.vlm_with_expert.embed_image(image) for image in images]
         return [feature * feature.shape[-1] ** 0.5 for feature in features]
-
-    def _image_special_tokens(self, batch: int) -> tuple[Tensor, Tensor]:
-        """<fake><global-img> (B, 2, D) and <fake> (B, 1, D), not scaled; both empty unless configured."""
-        table = self.vlm_with_expert.vlm.model.text_model.embed_tokens.weight
-        if self.image_special_tokens is None:
-            nothing = table[:0].expand(batch, -1, -1)
-            return nothing, nothing
-        fake, start = (table[token] for token in self.image_special_tokens)
-        return torch.stack((fake, start)).expand(batch, -1, -1), fake.expand(batch, 1, -1)
 
     def embed_state(self, state: Tensor) -> Tensor:
         """State (B, S) -> token (B, 1, D)."""
@@ -267,7 +262,7 @@ class SmolVLAPolicy(nn.Module):
         return self.model.action_in_proj.weight.device
 
     def shard(self, **settings: Any) -> None:
-        """Shard in place with FSDP2: every vision and joint layer is a unit, the rest is the root.
+        """Shard in place with FSDP2: word embedding, vision layers and joint layers are units.
 
         The joint layers' parameters must be kept from the root by hand: they are also reachable under the VLM
         and the expert, where LeRobot's names come from, and FSDP2 would try to shard them a second time.
@@ -281,7 +276,8 @@ class SmolVLAPolicy(nn.Module):
         settings.setdefault("reshard_after_forward", True)
         vlm = self.model.vlm_with_expert.vlm
         never_run = (vlm.lm_head, *vlm.model.text_model.layers[len(self.joint_layers) :])  # so never gathered
-        for unit in (*vlm.model.vision_model.encoder.layers, *self.joint_layers, *never_run):
+        embedding = vlm.model.text_model.embed_tokens  # 190 MB that are gathered for one lookup
+        for unit in (embedding, *vlm.model.vision_model.encoder.layers, *self.joint_layers, *never_run):
             fully_shard(unit, **settings)
         in_layers = {parameter for layer in self.joint_layers for parameter in layer.parameters()}
         fully_shard(self, ignored_params=in_layers, **settings)

@@ -133,7 +133,7 @@ def with_cut_image(source: Path, target: Path, *, episode: int, frame: int, came
                 writer.write_table(pa.Table.from_pylist(rows, schema=table.schema))
 
 
-def golden_rows(micro_batch: int) -> tuple[Any, Callable[[int], dict[str, Any]]]:
+def golden_rows(micro_batch: int, *, shift: float = 0.01) -> tuple[Any, Callable[[int], dict[str, Any]]]:
     """LeRobot's golden policy, and its batch's rows as micro-batch m, shifted by m so that they differ."""
     from smolvla import SmolVLAPolicy
 
@@ -145,7 +145,7 @@ def golden_rows(micro_batch: int) -> tuple[Any, Callable[[int], dict[str, Any]]]
     def rows(m: int) -> dict[str, Any]:
         taken = [(m * micro_batch + i) % size for i in range(micro_batch)]
         columns = {name: column[taken].clone() for name, column in batch.items()}
-        columns["action"] += m * 0.01
+        columns["action"] += m * shift
         return columns
 
     return SmolVLAPolicy.from_pretrained(folder), rows

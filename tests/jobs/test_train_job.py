@@ -244,9 +244,15 @@ def good(episodes, tmp_path):
     ("change", "message"),
     [
         ({"steps": 0}, "steps 0 is below 1"),
-        ({"batch_size": 60}, "batch_size 60 is not a multiple of micro_batch 8 * num_workers 1"),
+        ({"batch_size": 60}, "batch_size 60 is not a multiple of micro_batch 8"),
         ({"mixing_rows": 100}, "mixing_rows 100 is not a multiple of micro_batch 8"),
-        ({"num_workers": 3}, "batch_size 64 is not a multiple of micro_batch 8 * num_workers 3"),
+        (
+            {"num_workers": 9},
+            "num_workers 9: batch_size 64 is 8 micro-batches of 8, and every",
+        ),
+        ({"num_workers": "0-2"}, "num_workers '0-2': need a count from 1 on"),
+        ({"num_workers": "many"}, "num_workers 'many': need a count from 1 on"),
+        ({"num_workers": "2-4", "parallel": "hsdp", "shard_workers": 2}, "num_workers 2-4: the groups of"),
         ({"dataset__path": ""}, "dataset.path is missing"),
         ({"policy__path": ""}, "policy.path is missing"),
         ({"run_name": "a/b"}, "run_name 'a/b'"),

@@ -33,7 +33,7 @@ def test_the_average_is_the_one_computed_by_hand_and_a_skipped_step_leaves_it():
         if step == POISONED_STEP:
             batches[0][1]["action"][0, 0, 0] = float("nan")
         before = average.weights[name].clone()
-        engine.step(step, batches)
+        engine.step(step, batches, count=len(batches))
         if step == POISONED_STEP:
             assert torch.equal(average.weights[name], before)
             continue
@@ -47,7 +47,7 @@ def test_the_average_is_the_one_computed_by_hand_and_a_skipped_step_leaves_it():
 def test_the_policy_gets_its_own_weights_back_to_the_bit():
     policy, rows = golden_rows(TRAIN.micro_batch)
     engine = Engine(policy, replace(TRAIN, batch_size=TRAIN.micro_batch, ema_decay=DECAY))
-    engine.step(1, [(0, rows(0))])
+    engine.step(1, [(0, rows(0))], count=1)
     assert engine.average is not None
     own = {name: p.detach().clone() for name, p in policy.named_parameters()}
     averaged = {name: tensor.clone() for name, tensor in engine.average.weights.items()}

@@ -1,4 +1,4 @@
-"""A run with an average and adapters goes on from its checkpoint as if it had never stopped, sharded or not."""
+"""A run with average and adapters goes on from its checkpoint as if it had never stopped, sharded or not."""
 
 import json
 import socket
@@ -33,7 +33,8 @@ def steps(engine, numbers, rows):
     losses = []
     for step in numbers:
         mine = [m for m in range((step - 1) * per_step, step * per_step) if m % workers == rank]
-        losses.append(engine.step(step, [(m, rows(m)) for m in mine]).loss.item())
+        batches = [(m, rows(m)) for m in mine]
+        losses.append(engine.step(step, batches, count=len(batches)).loss.item())
     return losses
 
 

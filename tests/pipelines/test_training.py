@@ -19,8 +19,9 @@ from pipelines import checkpoint, training
 from pipelines.dataset import open_dataset
 from pipelines.engine import TrainConfig
 from pipelines.plan import noise_seed
+from pipelines.run import Run
 from pipelines.stream import ROW_IDS, SampleReader, Source, StreamConfig, ToTorch
-from pipelines.training import Cluster, Run
+from pipelines.training import Cluster
 from smolvla.configuration import SmolVLAConfig
 from smolvla.data_utils import Normalizer, sample_noise, sample_time, tokenize_tasks
 from smolvla.modeling import SmolVLAPolicy
@@ -31,7 +32,7 @@ VLM = Path("tests/golden/tiny_vlm").absolute()
 TRAIN = TrainConfig(
     steps=40,
     batch_size=8,
-    micro_batch=4,
+    micro_batch=2,
     seed=11,
     decay_steps=None,
     precision="float32",
@@ -113,7 +114,7 @@ def assert_every_frame_once(run):
 
 @pytest.fixture(scope="module")
 def uninterrupted(ray_session, toy, tmp_path_factory):
-    """Two workers, one micro-batch each, nothing dies."""
+    """Two workers, two micro-batches each, nothing dies."""
     run = new_run(tmp_path_factory.mktemp("runs") / "uninterrupted", toy)
     training.fit(run, toy[2], CLUSTER)
     return run
@@ -124,7 +125,7 @@ def test_every_step_has_one_loss_and_every_frame_of_the_epoch_is_seen_exactly_on
     assert_every_frame_once(uninterrupted)
 
 
-def test_one_worker_with_accumulation_two_draws_the_curve_of_two_workers(
+def test_one_worker_that_takes_all_micro_batches_draws_the_curve_of_two_workers(
     uninterrupted, ray_session, toy, tmp_path
 ):
     run = new_run(tmp_path / "one_worker", toy)
@@ -197,15 +198,16 @@ def kill_worker_at(run, step):
 
 @pytest.fixture(scope="module")
 def sharded(ray_session, toy, tmp_path_factory):
-    """Two workers that share one policy by FSDP2, and keep no activations."""
+    """Three workers that share one policy by FSDP2, keep no activations, and cannot have equally many of a
+    step's four micro-batches."""
     run = new_run(
         tmp_path_factory.mktemp("runs") / "sharded", toy, parallel="fsdp", activation_checkpointing=True
     )
-    training.fit(run, toy[2], CLUSTER)
+    training.fit(run, toy[2], replace(CLUSTER, num_workers=3, cpus_per_worker=0.5))
     return run
 
 
-def test_two_workers_that_share_the_policy_draw_the_same_curve(uninterrupted, sharded):
+def test_three_workers_that_share_the_policy_draw_the_same_curve(uninterrupted, sharded):
     assert losses(sharded) == pytest.approx(losses(uninterrupted), rel=1e-5)
 
 
@@ -237,8 +239,8 @@ def test_a_finished_checkpoint_is_complete_loadable_and_kept_by_number(uninterru
 def test_a_run_goes_on_from_the_newest_good_checkpoint_with_another_number_of_workers(
     uninterrupted, sharded, ray_session, toy, tmp_path
 ):
-    """The newest checkpoint is damaged, so the one before it counts; two workers' shards of FSDP2 are read by
-    one that holds the whole policy."""
+    """The newest checkpoint is damaged, so the one before it counts; three workers' shards of FSDP2 are
+    read by one that holds the whole policy."""
     folder = tmp_path / "resumed"
     shutil.copytree(sharded.folder, folder, ignore=shutil.ignore_patterns("points.jsonl", "rows"))
     for name in ("checkpoint_manager_snapshot.json",):  # Ray's own record names the folders of the other run

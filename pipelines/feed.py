@@ -1,0 +1,84 @@
+"""A train worker's micro-batches in order, checked, with the time spent waiting for them."""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+
+import ray.train
+import torch
+from torch import Tensor
+
+from pipelines.checkpoint import BadRow
+from pipelines.run import Run
+from pipelines.stream import ROW_IDS, ToTorch
+
+
+class Feed:
+    """The micro-batches m of the stream with (m - start) % W == rank.
+
+    A step is `TrainConfig.micro_batches` of them, so where W is no divisor of that number the workers take
+    turns in having one more.
+
+    Args:
+        run: what is trained.
+        rank: of this worker.
+        num_workers: W.
+        device: where the columns go.
+    """
+
+    def __init__(self, run: Run, *, rank: int, num_workers: int, device: torch.device) -> None:
+        shard = ray.train.get_dataset_shard("train")
+        assert shard is not None
+        batches = shard.iter_torch_batches(
+            batch_size=None,
+            prefetch_batches=2,
+            collate_fn=ToTorch(),
+            device="cpu",
+            pin_memory=device.type == "cuda",
+        )
+        self._batches: Iterator[dict[str, Tensor]] = iter(batches)
+        # The first batch says where the controller built the dataset to start: its word counts, for all
+        # workers.
+        self._first: dict[str, Tensor] | None = next(self._batches)
+        self._run, self._num_workers, self.device = run, num_workers, device
+        self.waited_s = 0.0
+        self._next = int(self._first["micro_batch"][0])
+        self.samples_seen = (self._next - rank) * run.train.micro_batch
+        self.rows: dict[int, list[dict[str, list[int]]]] = {}
+        """Row ids of the steps since `forget_rows`, for whoever must name them."""
+        self.bad_rows: set[BadRow] = set()
+        """Those met so far by this worker."""
+        self._rows_path = run.folder / "rows" / f"rank_{rank}.jsonl" if run.train.record_rows else None
+        if self._rows_path is not None:
+            self._rows_path.parent.mkdir(exist_ok=True)
+
+    def of_step(self, step: int) -> tuple[int, Iterator[tuple[int, dict[str, Tensor]]]]:
+        """How many micro-batches of a step are this worker's, and each: (m, columns on the device)."""
+        end = step * self._run.train.micro_batches
+        count = len(range(self._next, end, self._num_workers))
+        return count, (self._take(step) for _ in range(count))
+
+    def _take(self, step: int) -> tuple[int, dict[str, Tensor]]:
+        started = time.perf_counter()
+        batch = self._first or next(self._batches, None)
+        self.waited_s += time.perf_counter() - started
+        index, self._first, self._next = self._next, None, self._next + self._num_workers
+        assert batch is not None, f"the stream ended before step {step}"
+        numbers = batch["micro_batch"]
+        assert bool((numbers == index).all()), f"expected micro-batch {index}, got {numbers.tolist()}"
+        self._note(step, {name: batch[name].tolist() for name in ROW_IDS})
+        tensors = {n: t.to(self.device, non_blocking=True) for n, t in batch.items() if n not in ROW_IDS}
+        return index, tensors
+
+    def _note(self, step: int, ids: dict[str, list[int]]) -> None:
+        self.rows.setdefault(step, []).append(ids)
+        rows = zip(*(ids[name] for name in BadRow._fields), strict=True)
+        self.bad_rows |= {row for row in itertools.starmap(BadRow, rows) if row.bad_cameras}
+        if self._rows_path is not None:
+            with self._rows_path.open("a") as stream:
+                stream.write(json.dumps({"step": step} | ids) + "\n")
+
+    def forget_rows(self) -> None:
+        """Drop the ids of past steps."""
+        self.rows = {}

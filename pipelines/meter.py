@@ -1,0 +1,125 @@
+"""What happened in the steps of an interval: read back from the device once, written, and judged."""
+
+import json
+import time
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipelines.checkpoint import BadRow
+from pipelines.engine import StepResult
+from pipelines.feed import Feed
+from pipelines.run import Run
+
+
+class Meter:
+    """Collects what happened on the device and reads it back once an interval; rank 0 writes it."""
+
+    def __init__(self, run: Run, *, rank: int, feed: Feed, known_bad_rows: Iterable[BadRow]) -> None:
+        self._run, self._rank, self._feed = run, rank, feed
+        self.last_loss = float("nan")
+        self.bad_rows = set(known_bad_rows)
+        """Those of all workers; the same on each."""
+        self._skipped_in_a_row = 0
+        # A group of its own: checkpoints are written by another thread, through theirs.
+        self._group = dist.new_group(backend="gloo")
+        self._restart()
+
+    def _restart(self) -> None:
+        self._results: dict[int, StepResult] = {}
+        self._started, self._waited = time.perf_counter(), self._feed.waited_s
+        self._feed.forget_rows()
+
+    def step(self, step: int, result: StepResult, *, log: bool) -> None:
+        """Note one step; every `log_every` steps, and when `log` says so, write the means since then.
+
+        Checkpoints always write, so that a run that goes on from one draws the same points.
+
+        Raises:
+            FloatingPointError: too many steps in a row were skipped.
+            BadRowsError: more rows of the data cannot be used than the user allows.
+        """
+        self._results[step] = result
+        if not log and step % self._run.train.log_every:
+            return
+        results = self._results.values()
+        found = torch.stack([torch.stack([r.loss, r.grad_norm, r.skipped.float()]) for r in results]).cpu()
+        seconds = time.perf_counter() - self._started
+        kept = found[found[:, 2] == 0]
+        values = {
+            "train/lr": result.lr,
+            "train/epoch": step * self._run.train.batch_size / self._run.num_frames,
+            "train/skipped_steps": float(len(found) - len(kept)),
+            "data/wait_share": (self._feed.waited_s - self._waited) / seconds,
+            "data/samples_per_s": len(found) * self._run.train.batch_size / seconds,
+        }
+        if len(kept):
+            self.last_loss, norm = float(kept[:, 0].mean()), float(kept[:, 1].mean())
+            values |= {"train/loss": self.last_loss, "train/grad_norm": norm}
+        self._exchange_bad_rows()
+        values["data/bad_rows"] = float(len(self.bad_rows))
+        if self._rank == 0:
+            self._run.writer.log(step, values)
+        self._look_at_skips(found)
+        if len(self.bad_rows) > self._run.max_bad_rows:
+            raise BadRowsError(self._run, self.bad_rows)
+        self._restart()
+
+    def _look_at_skips(self, found: Tensor) -> None:
+        """Name the rows of skipped steps in <run>/skipped/, and give up after too many in a row."""
+        for step, (loss, norm, skipped) in zip(self._results, found.tolist(), strict=True):
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+            if not skipped:
+                continue
+            line = {"step": step, "loss": str(loss), "grad_norm": str(norm), "rows": self._feed.rows[step]}
+            folder = self._run.folder / "skipped"
+            folder.mkdir(exist_ok=True)
+            with (folder / f"rank_{self._rank}.jsonl").open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+            if self._skipped_in_a_row >= self._run.train.max_skipped_in_a_row:
+                raise FloatingPointError(
+                    f"{self._skipped_in_a_row} steps in a row were skipped, the last is step {step} with "
+                    f"loss {loss} and gradient norm {norm}; {folder} names their rows"
+                )
+
+    def _exchange_bad_rows(self) -> None:
+        new = self._feed.bad_rows - self.bad_rows
+        count = torch.tensor(len(new))
+        dist.all_reduce(count, group=self._group)
+        if not count:
+            return
+        everyone: list[set[BadRow]] = [set()] * dist.get_world_size()
+        dist.all_gather_object(everyone, new, group=self._group)
+        self.bad_rows |= set().union(*everyone)
+        if self._rank == 0:
+            names = [named(self._run, row) for row in sorted(self.bad_rows)]
+            (self._run.folder / "bad_rows.json").write_text(json.dumps(names, indent=1))
+
+
+def named(run: Run, row: BadRow) -> dict[str, Any]:
+    """A bad row as a person finds it."""
+    cameras = [name for i, name in enumerate(run.camera_columns) if row.bad_cameras >> i & 1]
+    return {
+        "dataset": run.dataset_uris[row.source],
+        "episode": row.episode_index,
+        "frame": row.frame_index,
+        "cameras": cameras,
+    }
+
+
+class BadRowsError(Exception):
+    """More rows of the data cannot be used than `max_bad_rows`."""
+
+    def __init__(self, run: Run, rows: Collection[BadRow]) -> None:
+        first = named(run, min(rows))
+        where = f"{first['dataset']}: episode {first['episode']} frame {first['frame']}: {first['cameras']}"
+        super().__init__(
+            f"{len(rows)} rows have images that cannot be used, max_bad_rows allows {run.max_bad_rows}; "
+            f"the first: {where}; all are in {run.folder / 'bad_rows.json'}"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Exception, self.args  # Ray sends it to the driver, which needs its text only
