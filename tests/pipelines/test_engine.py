@@ -21,17 +21,18 @@ TRAJECTORY = json.loads((GOLDEN / "trajectory.json").read_text())
 MICRO_BATCHES = ([0, 0, 0], [1, 1, 1], [2, 2, 2], [0, 1, 2])
 COPIES = 4
 TRAIN = TrainConfig(
-    steps=30,
-    batch_size=12,
-    micro_batch=3,
+    steps=5,
+    batch_size=16,
+    micro_batch=2,
     seed=5,
-    decay_steps=TRAJECTORY["decay_steps"],
+    decay_steps=None,
     precision="float32",
     log_every=1,
-    checkpoint_every=100,
+    checkpoint_every=10,
     record_rows=False,
     grad_norm_limit=1e3,
 )
+GOLDEN_TRAIN = replace(TRAIN, steps=30, batch_size=12, micro_batch=3, decay_steps=TRAJECTORY["decay_steps"])
 SHARDED = {"parallel": "fsdp", "activation_checkpointing": True}
 CASES = {  # workers, how they hold the policy, whether step 3 is poisoned
     "two ddp": (2, {}, False),
@@ -40,8 +41,8 @@ CASES = {  # workers, how they hold the policy, whether step 3 is poisoned
     "four ddp": (4, {}, False),
     "four fsdp": (4, SHARDED, False),
     "four hsdp": (4, {"parallel": "hsdp", "shard_workers": 2}, False),
-    "three ddp, one of which takes two of four": (3, {}, True),
-    "three fsdp, one of which takes two of four": (3, SHARDED, True),
+    "three ddp, one of which takes two of eight": (3, {}, True),
+    "three fsdp, one of which takes two of eight": (3, SHARDED, True),
 }
 POISONED_STEP = 3
 
@@ -62,7 +63,7 @@ def golden_draws():
 
 def golden_curve(train):
     """Loss, gradient norm and skip of the 30 steps of LeRobot's run, micro-batch by micro-batch."""
-    policy, rows = golden_rows(len(MICRO_BATCHES[0]), shift=0.0)
+    policy, rows = golden_rows(train.micro_batch, shift=0.0)
     policy.config = policy.config.changed(
         optimizer_lr=TRAJECTORY["peak_lr"],
         scheduler_decay_lr=TRAJECTORY["decay_lr"],
@@ -75,7 +76,7 @@ def golden_curve(train):
     def micro_batch(m):
         return {name: column[MICRO_BATCHES[m % len(MICRO_BATCHES)]] for name, column in whole.items()}
 
-    return curve(engine, micro_batch, steps=30)
+    return curve(engine, micro_batch)
 
 
 def start_with_the_examples_gradient(engine, whole):
@@ -93,14 +94,14 @@ def golden_example():
 def poisoned_curve(train):
     """A curve over rows that all differ; in one step an action is no number."""
     policy, rows = golden_rows(TRAIN.micro_batch)
-    return curve(Engine(policy, train), rows, steps=5, poisoned=POISONED_STEP)
+    return curve(Engine(policy, train), rows, poisoned=POISONED_STEP)
 
 
-def curve(engine, rows, *, steps, poisoned=None):
+def curve(engine, rows, *, poisoned=None):
     """Loss, gradient norm and skip of every step on this process's share of the micro-batches."""
     rank, workers, per_step = dist.get_rank(), dist.get_world_size(), engine.train.micro_batches
     found = []
-    for step in range(1, steps + 1):
+    for step in range(1, engine.train.steps + 1):
         numbers = [m for m in range((step - 1) * per_step, step * per_step) if m % workers == rank]
         batches = [(m, rows(m)) for m in numbers]
         if step == poisoned and rank == 0:
@@ -119,7 +120,8 @@ def on_workers(rank, port, folder):
         address = f"tcp://127.0.0.1:{port + number}"
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=workers)
         try:
-            found = (poisoned_curve if poisoned else golden_curve)(replace(TRAIN, **settings))
+            draw, train = (poisoned_curve, TRAIN) if poisoned else (golden_curve, GOLDEN_TRAIN)
+            found = draw(replace(train, **settings))
         finally:
             dist.destroy_process_group()
         if rank == 0:
@@ -133,7 +135,7 @@ def alone():
     torch.set_num_threads(1)  # several wait for each other by spinning, which is dear on a busy machine
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        return golden_curve(TRAIN), poisoned_curve(TRAIN)
+        return golden_curve(GOLDEN_TRAIN), poisoned_curve(TRAIN)
     finally:
         dist.destroy_process_group()
         torch.set_num_threads(threads)
