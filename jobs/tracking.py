@@ -229,6 +229,9 @@ class Shipper:
     def checkpoint(self, step: int, uri: str, metrics: dict[str, float]) -> None:
         self._spool.append({"step": step, "checkpoint": uri, "metrics_at": metrics})
 
+    def tag(self, tags: dict[str, str]) -> None:
+        self._spool.append({"tags": tags})
+
     def flush(self) -> None:
         self._spool.sync()
 
@@ -277,6 +280,8 @@ class Shipper:
         for record in records:
             if "checkpoint" in record:
                 self._log_checkpoint(client, record)
+            for name, value in record.get("tags", {}).items():
+                client.set_tag(self._run.run_id, name, value)
         self._spool.shipped(offset)
         return True
 
@@ -314,6 +319,10 @@ class RunWriter:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one step's values and return."""
         self.actor.log.remote(step, dict(metrics), int(time.time() * 1000))
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run, and return at once."""
+        self.actor.tag.remote(dict(tags))
 
     def flush(self) -> None:
         """Return when all points sent so far are on disk."""

@@ -25,15 +25,19 @@ import ray
 import torch
 import yaml
 
-from jobs import command_line, tracking, training_data
+from jobs import command_line, held_out, tracking, training_data
+from jobs.held_out import ValidationOptions
 from jobs.training_data import DatasetOptions, TrainingData, readable, readable_vlm
 from pipelines import training
 from pipelines.augmentation import AugmentationConfig
 from pipelines.engine import Parallel, TrainConfig
+from pipelines.retention import Retention
 from pipelines.run import Run
 from pipelines.stream import SampleReader, StreamConfig
 from pipelines.training import Cluster
+from pipelines.validation import HeldOut
 from smolvla.configuration import SmolVLAConfig
+from smolvla.lora import ATTENTION, LoRA
 from smolvla.modeling import SmolVLAPolicy
 
 
@@ -74,6 +78,39 @@ class CheckpointOptions:
     """Steps; the last step is always saved."""
     keep: int = 3
     """The newest ones that stay."""
+    keep_best: int = 1
+    """Those of the lowest validation loss that stay besides, if the run is validated."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            at_least_one(f"checkpoint.{name}", getattr(self, name))
+        if self.keep_best < 0:
+            raise ValueError(f"checkpoint.keep_best {self.keep_best} is negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAOptions:
+    """Low-rank adapters on the expert, without dropout; they train instead of the weights."""
+
+    rank: int = 0
+    """0: no adapters."""
+    alpha: float | None = None
+    """An adapter adds alpha / rank * B A; None: the rank."""
+    targets: list[str] = field(default_factory=lambda: list(ATTENTION))
+    """q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj of the expert's layers; state_proj,
+    action_in_proj, action_out_proj, action_time_mlp_in, action_time_mlp_out."""
+    train_fully: list[str] = field(default_factory=list)
+    """Of the last five, those whose weights train themselves."""
+
+    @property
+    def adapters(self) -> LoRA | None:
+        """What the policy gets."""
+        if self.rank == 0:
+            return None
+        alpha = float(self.rank if self.alpha is None else self.alpha)
+        return LoRA(
+            rank=self.rank, alpha=alpha, targets=tuple(self.targets), train_fully=tuple(self.train_fully)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +129,8 @@ class TrainJob:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
     rename: dict[str, str] = field(default_factory=dict)
     """Camera of the dataset -> camera of the policy, where names differ; JSON on the command line."""
@@ -121,6 +160,8 @@ class TrainJob:
     rows are named in <run>/skipped/."""
     max_skipped_in_a_row: int = 10
     """Skipped steps after which the run fails."""
+    ema_decay: float | None = None
+    """Of a moving average of the weights, such as 0.999: it is validated, saved and exported beside them."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; master weights are float32."""
     compile: bool = False
@@ -147,8 +188,8 @@ class TrainJob:
             "max_skipped_in_a_row",
         ):
             at_least_one(name, getattr(self, name))
-        for name in ("every", "keep"):
-            at_least_one(f"checkpoint.{name}", getattr(self.checkpoint, name))
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay {self.ema_decay} is not between 0 and 1")
         if not self.grad_norm_limit > 0:
             raise ValueError(f"grad_norm_limit {self.grad_norm_limit} is not positive")
         self._check_parallel()
@@ -230,6 +271,7 @@ class Prepared:
     data: TrainingData
     policy_config: SmolVLAConfig
     reader: SampleReader
+    held_out: HeldOut | None
     train: TrainConfig
     folder: Path
     identity: dict[str, Any]
@@ -255,6 +297,9 @@ def prepare(job: TrainJob) -> Prepared:
         num_observations=policy_config.n_obs_steps,
         augmentation=job.augmentation if job.augmentation.is_on else None,
     )
+    reader, measured = held_out.parted(
+        job.validation, data, policy_config, reader, every=job.checkpoint.every
+    )
     numbers = {k: v for k, v in asdict(train).items() if k not in NOT_IDENTITY}
     identity = numbers | data.identity()
     identity |= {
@@ -262,10 +307,12 @@ def prepare(job: TrainJob) -> Prepared:
         "policy_path": job.policy.path,
         "policy": policy_config.to_dict(),
         "augmentation": asdict(job.augmentation) if job.augmentation.is_on else None,
+        "validation": held_out.identity(job.validation, measured),
     }
     folder = _run_folder(job)
     _check_same_run(folder, identity)
-    return Prepared(data, policy_config, reader, train, folder, json.loads(json.dumps(identity)))
+    as_saved = json.loads(json.dumps(identity))
+    return Prepared(data, policy_config, reader, measured, train, folder, as_saved)
 
 
 def _check_given(job: TrainJob) -> None:
@@ -327,6 +374,8 @@ def _train_config(job: TrainJob) -> TrainConfig:
         activation_checkpointing=job.activation_checkpointing,
         grad_norm_limit=job.grad_norm_limit,
         max_skipped_in_a_row=job.max_skipped_in_a_row,
+        ema_decay=job.ema_decay,
+        lora=job.lora.adapters,
     )
 
 
@@ -536,13 +585,15 @@ def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, *, at_ste
         folder=prepared.folder,
         train=prepared.train,
         identity=prepared.identity,
-        num_frames=prepared.data.num_frames,
+        num_frames=sum(source.dataset.num_frames for source in prepared.reader.sources),
         dataset_uris=tuple(source.dataset.uri for source in prepared.reader.sources),
         camera_columns=tuple(
             prepared.reader.sources[0].camera_columns.get(name, name) for name in prepared.reader.camera_names
         ),
         max_bad_rows=job.dataset.max_bad_rows,
         writer=writer,
+        keep=Retention(newest=job.checkpoint.keep, best=job.checkpoint.keep_best),
+        validation=prepared.held_out,
     )
     fewest, most = job.workers
     cluster = Cluster(
@@ -550,7 +601,6 @@ def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, *, at_ste
         use_gpu=job.use_gpu,
         cpus_per_worker=job.cpus_per_worker,
         max_failures=job.max_failures,
-        keep_checkpoints=job.checkpoint.keep,
     )
     done = threading.Event()
     threading.Thread(target=show_progress, args=(writer, job, done), daemon=True).start()

@@ -180,14 +180,15 @@ def opened(options: DatasetOptions, *, rename: Mapping[str, str]) -> TrainingDat
     """
     found = entries(options, rename=rename)
     datasets = [open_dataset(readable(entry.path, flag=f"{entry.flag}.path")) for entry in found]
-    _check_widths(datasets)
+    check_widths(datasets)
     fps = _policy_fps(options, datasets)
     names = [entry.name for entry in found]
     export = names.index(options.export) if options.export else 0
     return TrainingData(entries=found, datasets=datasets, export=export, fps=fps)
 
 
-def _check_widths(datasets: Sequence[EpisodeDataset]) -> None:
+def check_widths(datasets: Sequence[EpisodeDataset]) -> None:
+    """Refuse datasets of robots that one policy cannot have."""
     first = datasets[0]
     for name in ("observation.state", "action"):
         for other in datasets[1:]:

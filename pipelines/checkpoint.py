@@ -58,6 +58,8 @@ class Progress:
     """Position in the stream."""
     bad_rows: tuple[BadRow, ...] = ()
     """Rows met so far that could not be used."""
+    val_loss: float | None = None
+    """Of the held-out episodes, if this step was validated."""
 
 
 def folder_name(step: int) -> str:
@@ -98,7 +100,12 @@ def progress(folder: Path) -> Progress:
     """Where the run was when a checkpoint was taken."""
     trainer = json.loads((folder / TRAINING / "trainer.json").read_text())
     rows = tuple(BadRow(*row) for row in trainer.get("bad_rows", []))
-    return Progress(step=trainer["step"], samples_seen=trainer["samples_seen"], bad_rows=rows)
+    return Progress(
+        step=trainer["step"],
+        samples_seen=trainer["samples_seen"],
+        bad_rows=rows,
+        val_loss=trainer.get("val_loss"),
+    )
 
 
 def save(

@@ -1,8 +1,9 @@
 """What happened in the steps of an interval: read back from the device once, written, and judged."""
 
+import contextlib
 import json
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,9 +34,24 @@ class Meter:
         self._started, self._waited = time.perf_counter(), self._feed.waited_s
         self._feed.forget_rows()
 
-    def step(self, step: int, result: StepResult, *, log: bool) -> None:
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training and must not count as such."""
+        started = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - started
+
+    def step(
+        self,
+        step: int,
+        result: StepResult,
+        *,
+        log: bool,
+        measured: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
         """Note one step; every `log_every` steps, and when `log` says so, write the means since then.
 
+        `measured` is asked for what else belongs to the point: a step has one point only.
         Checkpoints always write, so that a run that goes on from one draws the same points.
 
         Raises:
@@ -62,7 +78,7 @@ class Meter:
         self._exchange_bad_rows()
         values["data/bad_rows"] = float(len(self.bad_rows))
         if self._rank == 0:
-            self._run.writer.log(step, values)
+            self._run.writer.log(step, {**values, **measured()})
         self._look_at_skips(found)
         if len(self.bad_rows) > self._run.max_bad_rows:
             raise BadRowsError(self._run, self.bad_rows)

@@ -1,11 +1,13 @@
 """What a training run is: all that its workers need, and where their metrics go."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.engine import TrainConfig
+from pipelines.retention import Retention
+from pipelines.validation import HeldOut
 
 
 class MetricWriter(Protocol):
@@ -13,6 +15,10 @@ class MetricWriter(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the values of one step."""
+        ...
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Take what is said of the whole run; a later value of a name replaces the one before."""
         ...
 
     def flush(self) -> None:
@@ -37,6 +43,10 @@ class Run:
     max_bad_rows: int
     """Different rows with unusable images that the run bears, masked out of the loss."""
     writer: MetricWriter
+    keep: Retention = field(default_factory=Retention)
+    """The checkpoints that stay."""
+    validation: HeldOut | None = None
+    """What is measured beside the training; its episodes are not trained on."""
 
     @property
     def start_folder(self) -> Path:

@@ -31,8 +31,10 @@ from pipelines.checkpoint import Progress
 from pipelines.engine import Engine
 from pipelines.feed import Feed
 from pipelines.meter import Meter
+from pipelines.retention import FolderStore, retain
 from pipelines.run import Run
 from pipelines.stream import SampleReader, micro_batches
+from pipelines.validation import Validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,6 @@ class Cluster:
     cpus_per_worker: float
     max_failures: int
     """Restarts of the workers before the run fails; -1: no limit."""
-    keep_checkpoints: int
-    """The newest checkpoints that stay."""
 
 
 def fit(
@@ -58,6 +58,9 @@ def fit(
     Raises:
         ray.train.TrainingFailedError: the workers failed more than `cluster.max_failures` times.
     """
+    # Ray's list of the checkpoints that it registered. Nothing here reads it, and Ray refuses to start when a
+    # folder that it names is gone.
+    (run.folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
     trainer = TorchTrainer(
         train_worker,
@@ -69,7 +72,7 @@ def fit(
             name=run.folder.name,
             storage_path=str(run.folder.parent),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=cluster.keep_checkpoints),
+            checkpoint_config=CheckpointConfig(num_to_keep=None),  # the run deletes by itself
             callbacks=list(callbacks or []),
         ),
         torch_config=TorchConfig(
@@ -113,14 +116,21 @@ def train_worker(config: dict[str, Any]) -> None:
     engine, at = _restored(run, feed.samples_seen, device)
     saver = dist.new_group(backend="gloo")
     meter = Meter(run, rank=rank, feed=feed, known_bad_rows=at.bad_rows)
+    validation = Validation.of(run.validation, last_step=run.train.steps, folder=run.folder)
     for step in range(at.step + 1, run.train.steps + 1):
         count, micro_batches_of_step = feed.of_step(step)
         result = engine.step(step, micro_batches_of_step, count=count)
         saves = step % run.train.checkpoint_every == 0 or step == run.train.steps
-        meter.step(step, result, log=saves)
+        with meter.paused():
+            found = validation.at(step, engine) if validation else {}
+        # written with the step's own values, because a step has one point
+        meter.step(step, result, log=saves or bool(found), measured=lambda found=found: found)
         if saves:
             done = Progress(
-                step=step, samples_seen=step * run.train.batch_size, bad_rows=tuple(sorted(meter.bad_rows))
+                step=step,
+                samples_seen=step * run.train.batch_size,
+                bad_rows=tuple(sorted(meter.bad_rows)),
+                val_loss=found.get("val/loss"),
             )
             _save(run, engine, done, group=saver, loss=meter.last_loss)
 
@@ -135,13 +145,14 @@ def _restored(run: Run, samples_seen: int, device: torch.device) -> tuple[Engine
     step, rest = divmod(samples_seen, run.train.batch_size)
     assert rest == 0, f"the stream starts at sample {samples_seen}, inside a step of {run.train.batch_size}"
     folder = run.folder / checkpoint.folder_name(step)
-    source = folder / checkpoint.PRETRAINED if step else run.start_folder
+    # what is saved of a policy with adapters has them merged into its weights
+    source = folder / checkpoint.PRETRAINED if step and not run.train.lora else run.start_folder
     policy = SmolVLAPolicy.from_pretrained(source)
     policy.processor = SmolVLAProcessor.from_pretrained(source, policy.config)  # before retention deletes it
     engine = Engine(policy.to(device).train(), run.train)
     at = Progress(step=0, samples_seen=0)
     if step:
-        at = checkpoint.load(folder, policy, engine.optimizer)
+        at = checkpoint.load(folder, policy, engine.optimizer, engine.average)
     assert (at.step, at.samples_seen) == (step, samples_seen), f"{folder} is at {at}, the stream at {step}"
     return engine, at
 
@@ -157,7 +168,14 @@ def _save(
     """Start a checkpoint; Ray's upload thread completes it and the controller registers it."""
     name = checkpoint.folder_name(at.step)
     finish = checkpoint.save(
-        run.folder / name, engine.policy, engine.optimizer, at=at, identity=run.identity, group=group
+        run.folder / name,
+        engine.policy,
+        engine.optimizer,
+        at=at,
+        identity=run.identity,
+        group=group,
+        average=engine.average,
+        base=str(run.start_folder),
     )
     rank = dist.get_rank()
 
@@ -165,6 +183,8 @@ def _save(
         if rank == 0:
             run.writer.flush()  # the points of these steps will not be computed again
         finish()
+        if rank == 0:
+            _retain(run, newest=name)
         return reported
 
     ray.train.report(
@@ -175,3 +195,15 @@ def _save(
         delete_local_checkpoint_after_upload=False,
         checkpoint_upload_fn=complete,
     )
+
+
+def _retain(run: Run, *, newest: str) -> None:
+    best = retain(FolderStore(run.folder), run.keep, newest=newest)
+    if best is not None:
+        run.writer.tag(
+            {
+                "best_checkpoint": str(run.folder / best["checkpoint"]),
+                "best_step": str(best["step"]),
+                "best_val_loss": f"{best['val/loss']:.6g}",
+            }
+        )

@@ -10,11 +10,12 @@ Shape letters: b micro-batch, H chunk, A padded action width.
 import json
 import math
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -156,16 +157,28 @@ class Validation:
         self._group = dist.new_group(backend="gloo")
         self._path = folder / RESULTS
 
-    def due(self, step: int) -> bool:
-        """Whether this step is measured."""
-        return step % self._held_out.config.every == 0 or step == self._last_step
+    @classmethod
+    def of(cls, held_out: HeldOut | None, *, last_step: int, folder: Path) -> Self | None:
+        """For a run that holds something out."""
+        return cls(held_out, last_step=last_step, folder=folder) if held_out else None
 
-    def measured(self, engine: "Engine", *, step: int) -> dict[str, float]:
-        """The curves' values at a step, the same on every worker; rank 0 adds them to validation.jsonl."""
+    def at(self, step: int, engine: "Engine") -> dict[str, float]:
+        """The curves' values at a step, the same on every worker; empty at a step that is not measured.
+
+        Rank 0 adds them to validation.jsonl.
+        """
+        if step % self._held_out.config.every and step != self._last_step:
+            return {}
+        started = time.perf_counter()
         found = Summary(self._held_out, self._frames, self._table(engine))
+        values, record = found.metrics(), found.record()
+        if engine.average is not None:
+            with engine.average.in_place():
+                averaged = Summary(self._held_out, self._frames, self._table(engine))
+            values["val/loss_ema"] = record["loss_ema"] = averaged.whole.loss
         if self._rank == 0:
-            self._write(step, found.record())
-        return found.metrics()
+            self._write(step, record)
+        return values | {"val/seconds": time.perf_counter() - started}
 
     def _write(self, step: int, record: Mapping[str, Any]) -> None:
         """A step that is computed again after a crash has the same values: it stands there once."""

@@ -114,6 +114,10 @@ class FileWriter:
         with self.path.open("a") as stream:
             stream.write(json.dumps({"step": step, "pid": os.getpid(), "at": time.time(), **metrics}) + "\n")
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        with self.path.with_name("tags.jsonl").open("a") as stream:
+            stream.write(json.dumps(tags) + "\n")
+
     def flush(self) -> None:
         pass
 

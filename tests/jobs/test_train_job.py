@@ -189,12 +189,18 @@ def test_a_checkpoint_is_fine_tuned_on_other_cameras_several_draws_a_sample_and_
     rename["observation.images.wrist"] = "observation.images.camera1"
     settings = {"rename": f"'{json.dumps(rename)}'", "repeated_noise": 2, "steps": 40, "log_every": 10}
     settings |= {"policy.path": f'"{ROOT}/tests/golden/default"', "dataset.max_bad_rows": 1}
+    settings |= {"validation.episodes": "3 7", "ema_decay": 0.9, "lora.rank": 2}
+    settings |= {"lora.train_fully": "action_in_proj action_out_proj"}
     job = jobs.submit("fine-tuned", broken, **settings, **{"checkpoint.every": 40})
     assert jobs.wait(job) == JobStatus.SUCCEEDED, jobs.client.get_job_logs(job)[-4000:]
     run, folder = jobs.run_of("fine-tuned"), jobs.storage / "fine-tuned"
     assert (run.data.params["repeated_noise"], run.data.metrics["data/bad_rows"]) == ("2", 1)
     named = json.loads((folder / "bad_rows.json").read_text())
     cameras = ["observation.images.wrist"]
+    assert run.data.metrics.keys() >= {"val/loss", "val/loss_ema", "val/frames"}
+    assert run.data.tags["best_checkpoint"] == str(folder / "step_000000040")
+    assert float(run.data.tags["best_val_loss"]) == pytest.approx(run.data.metrics["val/loss"], rel=1e-5)
+    assert {path.name for path in (folder / "step_000000040").glob("adapter*")} == {"adapter", "adapter_ema"}
     assert named == [{"dataset": str(broken), "episode": 2, "frame": 5, "cameras": cameras}]
     position = json.loads((folder / "step_000000040/training_state/trainer.json").read_text())
     assert position["bad_rows"] == [[0, 2, 5, 2]]
@@ -279,6 +285,18 @@ def good(episodes, tmp_path):
             },
             "rename: 'observation.images.camera3' is no camera of the policy",
         ),
+        ({"validation__fraction": 1.0}, "validation.fraction 1.0 is not in [0, 1)"),
+        ({"validation__fraction": 0.99}, "12 of the 12 episodes of"),
+        ({"validation__episodes": "[3, 12]"}, "has no episode 12, it has 0 to 11"),
+        (
+            {"validation__fraction": 0.1, "validation__episodes": "[3]"},
+            "validation.fraction and validation.episodes are both given; take one",
+        ),
+        ({"validation__path": "/nowhere"}, "validation.path '/nowhere' does not exist"),
+        ({"validation__every": 0}, "validation.every 0 is below 1"),
+        ({"ema_decay": 1.0}, "ema_decay 1.0 is not between 0 and 1"),
+        ({"lora__rank": 2, "lora__targets": "[query]"}, "lora.targets: 'query' is none of q_proj"),
+        ({"checkpoint__keep_best": -1}, "checkpoint.keep_best -1 is negative"),
         ({"repeated_noise": 0}, "repeated_noise 0 is below 1"),
         ({"optimizer__lr": -1}, "optimizer.lr -1.0 is not positive"),
         ({"seed": -1}, "seed -1 is negative"),
@@ -316,7 +334,22 @@ def test_a_run_is_not_continued_as_something_else(good, tmp_path):
     assert prepared(good | {"num_workers": 2, "log_every": 3}).identity == identity
     assert "this run has seed 1000, now 7" in refusal(**good, seed=7)
     assert "steps 20000, now 30" in refusal(**good, steps=30)
+    assert "this run has validation None, now {'episodes': [[5]]" in refusal(**good, validation__episodes=[5])
+    assert "this run has ema_decay None, now 0.9" in refusal(**good, ema_decay=0.9)
     assert "this run has repeated_noise 1, now 4" in refusal(**good, repeated_noise=4)
+
+
+def test_what_is_held_out_is_not_trained_on(good, episodes):
+    chosen = prepared(good | {"run_name": "chosen", "validation__episodes": [3, 7]})
+    assert chosen.held_out is not None
+    assert chosen.held_out.reader.sources[0].dataset.episode_index.tolist() == [3, 7]
+    assert chosen.held_out.config.every == 1000  # at every checkpoint
+    assert chosen.reader.sources[0].dataset.episode_index.tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10, 11]
+    other = prepared(good | {"run_name": "other", "validation__path": episodes, "validation__every": 5})
+    assert other.held_out is not None
+    assert len(other.reader.sources[0].dataset.episode_index) == 12
+    assert len(other.held_out.reader.sources[0].dataset.episode_index) == 12
+    assert other.held_out.config.every == 5
 
 
 def test_a_run_without_a_name_is_named_by_policy_and_dataset(good, episodes):

@@ -19,9 +19,11 @@ from pipelines import checkpoint, training
 from pipelines.dataset import open_dataset
 from pipelines.engine import TrainConfig
 from pipelines.plan import noise_seed
+from pipelines.retention import Retention
 from pipelines.run import Run
 from pipelines.stream import ROW_IDS, SampleReader, Source, StreamConfig, ToTorch
 from pipelines.training import Cluster
+from pipelines.validation import HeldOut, ValidationConfig, held_out_named, split
 from smolvla.configuration import SmolVLAConfig
 from smolvla.data_utils import Normalizer, sample_noise, sample_time, tokenize_tasks
 from smolvla.modeling import SmolVLAPolicy
@@ -40,7 +42,7 @@ TRAIN = TrainConfig(
     checkpoint_every=10,
     record_rows=True,
 )
-CLUSTER = Cluster(num_workers=2, use_gpu=False, cpus_per_worker=1, max_failures=2, keep_checkpoints=2)
+CLUSTER = Cluster(num_workers=2, use_gpu=False, cpus_per_worker=1, max_failures=2)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,7 @@ def new_run(folder, toy, **changes):
         camera_columns=tuple(dataset.camera_names),
         max_bad_rows=0,
         writer=FileWriter(folder / "points.jsonl"),
+        keep=Retention(newest=2),
     )
     SmolVLAPolicy(config, allow_random_vlm=True).save_pretrained(run.start_folder, stats=dataset.stats)
     return run
@@ -222,6 +225,43 @@ def test_a_killed_worker_changes_no_loss_and_loses_no_row(uninterrupted, ray_ses
     assert_every_frame_once(run)
 
 
+def test_validation_changes_no_training_loss_and_a_replayed_step_no_value(ray_session, toy, tmp_path):
+    """The validated run also keeps an average and is killed; its best and its newest checkpoint stay."""
+    dataset, _, reader = toy
+    kept, held_out = split(reader.sources[0], held_out_named(dataset, (2, 9), flag="validation.episodes"))
+    config = ValidationConfig(every=4, max_frames=7, seed=0)
+    measured = HeldOut(reader=replace(reader, sources=[held_out]), config=config)
+    reader, cluster = replace(reader, sources=[kept]), replace(CLUSTER, num_workers=1)
+    settings = {"steps": 12, "checkpoint_every": 4}
+    plain = new_run(tmp_path / "plain", toy, **settings)
+    training.fit(plain, reader, cluster)
+    run = new_run(tmp_path / "validated", toy, ema_decay=0.9, **settings)
+    run = replace(run, validation=measured, keep=Retention(newest=1, best=1))
+    watcher = kill_worker_at(run, 8)
+    training.fit(run, reader, cluster)
+    watcher.join()
+    assert losses(run) == losses(plain)
+
+    found: dict[int, float] = {}
+    for point in points(run):
+        if "val/loss" in point:
+            assert found.setdefault(point["step"], point["val/loss"]) == point["val/loss"]
+            assert point["val/loss_ema"] != point["val/loss"]
+    assert sorted(found) == [4, 8, 12]
+    records = [json.loads(line) for line in (run.folder / "validation.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["loss"]) for record in records] == sorted(found.items())
+    best = min(found, key=lambda step: found[step])
+    said = json.loads((run.folder / "best.json").read_text())
+    assert (said["step"], said["val/loss"]) == (best, found[best])
+    names = {checkpoint.folder_name(best), checkpoint.folder_name(12)}
+    assert {path.name for path in run.folder.glob("step_*")} == names
+    newest = run.folder / checkpoint.folder_name(12)
+    assert checkpoint.progress(newest).val_loss == found[12]
+    tags = json.loads((run.folder / "tags.jsonl").read_text().splitlines()[-1])
+    assert tags["best_checkpoint"] == str(run.folder / checkpoint.folder_name(best))
+    SmolVLAPolicy.from_pretrained(newest / "pretrained_model_ema")
+
+
 def test_a_finished_checkpoint_is_complete_loadable_and_kept_by_number(uninterrupted, toy):
     folders = sorted(path.name for path in uninterrupted.folder.glob("step_*"))
     assert folders == ["step_000000030", "step_000000040"]
@@ -243,8 +283,6 @@ def test_a_run_goes_on_from_the_newest_good_checkpoint_with_another_number_of_wo
     read by one that holds the whole policy."""
     folder = tmp_path / "resumed"
     shutil.copytree(sharded.folder, folder, ignore=shutil.ignore_patterns("points.jsonl", "rows"))
-    for name in ("checkpoint_manager_snapshot.json",):  # Ray's own record names the folders of the other run
-        (folder / name).unlink()
     weights = folder / "step_000000040/pretrained_model/model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

@@ -69,8 +69,10 @@ def measured(uri, folder, **settings):
     torch.manual_seed(0)
     engine = Engine(SmolVLAPolicy(config, allow_random_vlm=True).train(), replace(TRAIN, **settings))
     validation = Validation(frames, last_step=TRAIN.steps, folder=folder)
-    values = validation.measured(engine, step=2)
+    values = validation.at(2, engine)
     assert engine.policy.training
+    assert validation.at(1, engine) == {}
+    assert values.pop("val/seconds") > 0
     return values
 
 

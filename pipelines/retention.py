@@ -1,0 +1,113 @@
+"""Which checkpoints of a run stay: the newest, and those of the lowest validation loss.
+
+Ray Train could keep by one of the two, and never deletes what it had not registered when a worker died. So
+it keeps all, and the run deletes by itself, right after a checkpoint is sealed: what is neither new nor good,
+and what interrupted saves left behind.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipelines.checkpoint import MANIFEST, TRAINING
+
+BEST = "best.json"
+
+
+class Store(Protocol):
+    """The run's folder, wherever it is."""
+
+    def checkpoints(self) -> list[str]:
+        """Names of all checkpoint folders, complete or not."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Whether the run has this file."""
+        ...
+
+    def read_json(self, name: str) -> Any: ...
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Put a small file in place, whole or not at all."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove a checkpoint folder, its manifest first."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """How many checkpoints stay."""
+
+    newest: int = 3
+    best: int = 0
+    """Of the lowest validation loss, beside the newest; without validation there are none."""
+
+
+def retain(store: Store, keep: Retention, *, newest: str) -> dict[str, Any] | None:
+    """Delete what need not stay, and name the best checkpoint in best.json.
+
+    Args:
+        store: of the run.
+        keep: how many stay.
+        newest: the checkpoint that was just sealed. What is newer is being written, or was damaged.
+
+    Returns:
+        checkpoint, step and val/loss of the best one; None if none has a validation loss.
+    """
+    found = [name for name in store.checkpoints() if name <= newest]
+    losses: dict[str, float] = {}
+    for name in found:
+        if store.has(f"{name}/{MANIFEST}"):
+            value = store.read_json(f"{name}/{TRAINING}/trainer.json").get("val_loss")
+            losses[name] = math.inf if value is None or math.isnan(value) else value
+    best = [name for name in ranked(losses) if losses[name] < math.inf]
+    record = _record(store, best[0], losses[best[0]]) if best else None
+    if record is not None:
+        store.write_json(BEST, record)  # before anything goes: it names a checkpoint that is there
+    stays = {*sorted(losses)[-keep.newest :], *best[: keep.best]}
+    for name in found:
+        if name not in stays:
+            store.delete(name)
+    return record
+
+
+def ranked(losses: Mapping[str, float]) -> list[str]:
+    """Checkpoints by validation loss, the lowest first; of equals the newer first."""
+    newest_first = sorted(losses, reverse=True)
+    return sorted(newest_first, key=lambda name: losses[name])
+
+
+def _record(store: Store, name: str, loss: float) -> dict[str, Any]:
+    step = store.read_json(f"{name}/{TRAINING}/trainer.json")["step"]
+    return {"checkpoint": name, "step": step, "val/loss": loss}
+
+
+@dataclass(frozen=True)
+class FolderStore:
+    """A run's folder that all nodes see."""
+
+    folder: Path
+
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("step_*"))
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+    def read_json(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_text())
+
+    def write_json(self, name: str, content: Any) -> None:
+        partial = self.folder / f"{name}.partial"
+        partial.write_text(json.dumps(content, indent=1))
+        partial.rename(self.folder / name)
+
+    def delete(self, name: str) -> None:
+        (self.folder / name / MANIFEST).unlink(missing_ok=True)  # what is half deleted must not count
+        shutil.rmtree(self.folder / name)
