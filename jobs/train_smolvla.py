@@ -32,7 +32,7 @@ from pipelines import training
 from pipelines.augmentation import AugmentationConfig
 from pipelines.engine import Parallel, TrainConfig
 from pipelines.retention import Retention
-from pipelines.run import Run
+from pipelines.run import Run, trained_datasets
 from pipelines.stream import SampleReader, StreamConfig
 from pipelines.training import Cluster
 from pipelines.validation import HeldOut
@@ -585,11 +585,7 @@ def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, *, at_ste
         folder=prepared.folder,
         train=prepared.train,
         identity=prepared.identity,
-        num_frames=sum(source.dataset.num_frames for source in prepared.reader.sources),
-        dataset_uris=tuple(source.dataset.uri for source in prepared.reader.sources),
-        camera_columns=tuple(
-            prepared.reader.sources[0].camera_columns.get(name, name) for name in prepared.reader.camera_names
-        ),
+        datasets=trained_datasets(prepared.reader),
         max_bad_rows=job.dataset.max_bad_rows,
         writer=writer,
         keep=Retention(newest=job.checkpoint.keep, best=job.checkpoint.keep_best),

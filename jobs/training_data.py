@@ -70,10 +70,6 @@ class TrainingData:
     fps: float
     """Frames a second of the policy."""
 
-    @property
-    def num_frames(self) -> int:
-        return sum(dataset.num_frames for dataset in self.datasets)
-
     def identity(self) -> dict[str, Any]:
         """What of the data a run is; one dataset is named as before there were mixtures."""
         own = all(dataset.fps == self.fps for dataset in self.datasets)

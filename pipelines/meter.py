@@ -1,6 +1,7 @@
 """What happened in the steps of an interval: read back from the device once, written, and judged."""
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -67,7 +68,7 @@ class Meter:
         kept = found[found[:, 2] == 0]
         values = {
             "train/lr": result.lr,
-            "train/epoch": step * self._run.train.batch_size / self._run.num_frames,
+            **self._epochs(step * self._run.train.batch_size),
             "train/skipped_steps": float(len(found) - len(kept)),
             "data/wait_share": (self._feed.waited_s - self._waited) / seconds,
             "data/samples_per_s": len(found) * self._run.train.batch_size / seconds,
@@ -75,7 +76,7 @@ class Meter:
         if len(kept):
             self.last_loss, norm = float(kept[:, 0].mean()), float(kept[:, 1].mean())
             values |= {"train/loss": self.last_loss, "train/grad_norm": norm}
-        self._exchange_bad_rows()
+        values |= self._exchange()
         values["data/bad_rows"] = float(len(self.bad_rows))
         if self._rank == 0:
             self._run.writer.log(step, {**values, **measured()})
@@ -101,12 +102,32 @@ class Meter:
                     f"loss {loss} and gradient norm {norm}; {folder} names their rows"
                 )
 
-    def _exchange_bad_rows(self) -> None:
+    def _epochs(self, samples_seen: int) -> dict[str, float]:
+        """How often the data was seen; a mixture has epochs of each dataset."""
+        datasets = self._run.datasets
+        values = {"train/epoch": samples_seen / sum(dataset.num_frames for dataset in datasets)}
+        if len(datasets) > 1:
+            for dataset in datasets:
+                values[f"train/epoch/{dataset.name}"] = samples_seen * dataset.share / dataset.num_frames
+        return values
+
+    def _exchange(self) -> dict[str, float]:
+        """Tell all workers of new bad rows; returns the datasets' shares in the interval, of a mixture."""
         new = self._feed.bad_rows - self.bad_rows
-        count = torch.tensor(len(new))
-        dist.all_reduce(count, group=self._group)
-        if not count:
-            return
+        counts = torch.zeros(1 + len(self._run.datasets), dtype=torch.int64)
+        counts[0] = len(new)
+        for ids in itertools.chain.from_iterable(self._feed.rows.values()):
+            counts[1:] += torch.bincount(torch.tensor(ids["source"]), minlength=len(self._run.datasets))
+        dist.all_reduce(counts, group=self._group)
+        if counts[0]:
+            self._exchange_bad_rows(new)
+        if len(self._run.datasets) == 1:
+            return {}
+        shares = (counts[1:] / counts[1:].sum()).tolist()
+        names = [dataset.name for dataset in self._run.datasets]
+        return {f"data/share/{name}": share for name, share in zip(names, shares, strict=True)}
+
+    def _exchange_bad_rows(self, new: set[BadRow]) -> None:
         everyone: list[set[BadRow]] = [set()] * dist.get_world_size()
         dist.all_gather_object(everyone, new, group=self._group)
         self.bad_rows |= set().union(*everyone)
@@ -117,9 +138,10 @@ class Meter:
 
 def named(run: Run, row: BadRow) -> dict[str, Any]:
     """A bad row as a person finds it."""
-    cameras = [name for i, name in enumerate(run.camera_columns) if row.bad_cameras >> i & 1]
+    dataset = run.datasets[row.source]
+    cameras = [name for i, name in enumerate(dataset.cameras) if row.bad_cameras >> i & 1]
     return {
-        "dataset": run.dataset_uris[row.source],
+        "dataset": dataset.uri,
         "episode": row.episode_index,
         "frame": row.frame_index,
         "cameras": cameras,

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from pipelines.engine import TrainConfig
 from pipelines.retention import Retention
+from pipelines.stream import SampleReader
 from pipelines.validation import HeldOut
 
 
@@ -27,6 +28,34 @@ class MetricWriter(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainedDataset:
+    """A dataset of the run, as metrics and messages speak of it."""
+
+    name: str
+    uri: str
+    num_frames: int
+    """Rows of an epoch."""
+    share: float
+    """Of the run's rows."""
+    cameras: tuple[str, ...]
+    """Its column for each camera of the stream, in their order; for one that it lacks, the camera's name."""
+
+
+def trained_datasets(reader: SampleReader) -> tuple[TrainedDataset, ...]:
+    """The datasets of a stream, by number of the source."""
+    return tuple(
+        TrainedDataset(
+            name=source.name or Path(source.dataset.uri).name,
+            uri=source.dataset.uri,
+            num_frames=source.dataset.num_frames,
+            share=reader.plan.share(number),
+            cameras=tuple(source.camera_columns.get(name, name) for name in reader.camera_names),
+        )
+        for number, source in enumerate(reader.sources)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything a worker needs; small enough to be sent to each."""
 
@@ -35,11 +64,8 @@ class Run:
     train: TrainConfig
     identity: Mapping[str, Any]
     """What the run is, written into each checkpoint."""
-    num_frames: int
-    """Rows of an epoch."""
-    dataset_uris: tuple[str, ...]
-    """By number of the source; with the cameras, to name a row."""
-    camera_columns: tuple[str, ...]
+    datasets: tuple[TrainedDataset, ...]
+    """By number of the source."""
     max_bad_rows: int
     """Different rows with unusable images that the run bears, masked out of the loss."""
     writer: MetricWriter

@@ -20,7 +20,7 @@ from pipelines.dataset import open_dataset
 from pipelines.engine import TrainConfig
 from pipelines.plan import noise_seed
 from pipelines.retention import Retention
-from pipelines.run import Run
+from pipelines.run import Run, trained_datasets
 from pipelines.stream import ROW_IDS, SampleReader, Source, StreamConfig, ToTorch
 from pipelines.training import Cluster
 from pipelines.validation import HeldOut, ValidationConfig, held_out_named, split
@@ -63,16 +63,14 @@ def toy(episodes):
 
 def new_run(folder, toy, **changes):
     """A run's folder with the same policy in it as every other one."""
-    dataset, config, _ = toy
+    dataset, config, reader = toy
     folder.mkdir()
     torch.manual_seed(0)
     run = Run(
         folder=folder,
         train=replace(TRAIN, **changes),
         identity={"toy": True},
-        num_frames=dataset.num_frames,
-        dataset_uris=(dataset.uri,),
-        camera_columns=tuple(dataset.camera_names),
+        datasets=trained_datasets(reader),
         max_bad_rows=0,
         writer=FileWriter(folder / "points.jsonl"),
         keep=Retention(newest=2),
