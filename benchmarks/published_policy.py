@@ -63,8 +63,8 @@ def build_policy(*, num_cameras: int, tiny: bool) -> SmolVLAPolicy:
         return SmolVLAPolicy(config, vlm_folder=folder, allow_random_vlm=True)
 
 
-def build_inputs(policy: SmolVLAPolicy, *, batch: int) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Inputs of `forward`, noise and times."""
+def build_columns(policy: SmolVLAPolicy, *, batch: int) -> dict[str, Tensor]:
+    """A batch as the stream hands it to a worker."""
     config = policy.config
     vocabulary = policy.model.vlm_with_expert.vlm.config.text_config.vocab_size
     generator = torch.Generator().manual_seed(1)
@@ -72,12 +72,18 @@ def build_inputs(policy: SmolVLAPolicy, *, batch: int) -> tuple[dict[str, Any], 
         name: torch.randint(0, 256, (batch, 3, 480, 640), generator=generator, dtype=torch.uint8)
         for name in config.camera_names
     }
-    columns |= {
+    return columns | {
         "observation.state": torch.randn(batch, STATE_DIM, generator=generator),
         "action": torch.randn(batch, config.chunk_size, ACTION_DIM, generator=generator),
         "action_is_pad": torch.zeros(batch, config.chunk_size, dtype=torch.bool),
         "observation.language.tokens": torch.randint(3, vocabulary, (batch, NUM_TOKENS), generator=generator),
         "observation.language.attention_mask": torch.arange(NUM_TOKENS).expand(batch, -1) < NUM_TOKENS // 2,
     }
+
+
+def build_inputs(policy: SmolVLAPolicy, *, batch: int) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Inputs of `forward`, noise and times."""
+    config, generator = policy.config, torch.Generator().manual_seed(2)
     noise = torch.randn(batch, config.chunk_size, config.max_action_dim, generator=generator)
-    return policy.prepare_inputs(columns), noise, torch.rand(batch, generator=generator) * 0.9 + 0.05
+    inputs = policy.prepare_inputs(build_columns(policy, batch=batch))
+    return inputs, noise, torch.rand(batch, generator=generator) * 0.9 + 0.05
