@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 import ray
 from mlflow import MlflowClient
 from mlflow.entities import (
@@ -35,7 +36,10 @@ from ray.train import Checkpoint, UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.command_line import git_commit
+from pipelines.dataset import filesystem_of
+from pipelines.run_storage import RunStorage
 
+WAITING = "metrics_waiting.jsonl"  # in an object store: what was not delivered at the last checkpoint
 BATCH = 1000  # points; the REST API takes no more at once
 SHIP_EVERY_S = 1.0
 RETRY_AFTER_S = 5.0
@@ -165,6 +169,7 @@ class Spool:
 
     def __init__(self, path: Path) -> None:
         self.path, self._offset_path = path, path.with_suffix(".offset")
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         whole = path.read_bytes()
         kept = whole.rfind(b"\n") + 1  # a writer that was killed may have left half a line
@@ -213,8 +218,13 @@ class Spool:
 class Shipper:
     """The actor that holds the spool: takes points at once, delivers them when the server can be reached."""
 
-    def __init__(self, run: TrackedRun, spool_path: str) -> None:
-        self._run, self._spool = run, Spool(Path(spool_path))
+    def __init__(self, run: TrackedRun, storage: RunStorage) -> None:
+        self._run, self._storage = run, storage
+        path = storage.folder / "metrics.jsonl"
+        moved = bool(storage.uri) and not path.exists()
+        self._spool = Spool(path)
+        if moved:
+            self._take_over()
         self._latest: tuple[int, dict[str, float]] = (0, {})
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._ship, daemon=True)
@@ -233,7 +243,24 @@ class Shipper:
         self._spool.append({"tags": tags})
 
     def flush(self) -> None:
+        """Return when the points survive this process, and with an object store this node."""
         self._spool.sync()
+        if self._storage.uri:
+            waiting, _ = self._spool.pending(10**9)
+            lines = "".join(json.dumps(record) + "\n" for record in waiting)
+            self._storage.write(WAITING, lines.encode())
+
+    def _take_over(self) -> None:
+        """Go on from what the server has and what waited at the last checkpoint: the node before is lost."""
+        spool = self._spool
+        spool.last_step = last_step(self._run)
+        if not self._storage.has(WAITING):
+            return
+        for line in self._storage.read(WAITING).splitlines():
+            record = json.loads(line)
+            if "metrics" not in record or record["step"] > spool.last_step:
+                spool.append(record)
+                spool.last_step = max(spool.last_step, record["step"] if "metrics" in record else 0)
 
     def latest(self) -> tuple[int, dict[str, float]]:
         """The newest point, for a progress line."""
@@ -287,12 +314,13 @@ class Shipper:
 
     def _log_checkpoint(self, client: MlflowClient, record: Mapping[str, Any]) -> None:
         """The checkpoint by reference; those that retention removed from storage leave the list."""
-        name = Path(record["checkpoint"]).name
+        name = Path(record["checkpoint"].partition("?")[0]).name
         models = client.search_logged_models(
             [self._run.experiment_id], filter_string=f"source_run_id = '{self._run.run_id}'"
         )
         for model in models:
-            if not Path(model.params["checkpoint_uri"]).exists():
+            filesystem, path = filesystem_of(model.params["checkpoint_uri"])
+            if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
                 client.delete_logged_model(model.model_id)
         if name in {model.name for model in models}:
             return
@@ -338,23 +366,29 @@ class RunWriter:
         return int(ray.get(self.actor.close.remote(timeout_s)))
 
 
-def run_writer(run: TrackedRun, spool_path: Path) -> RunWriter:
+def last_step(run: TrackedRun) -> int:
+    """The last step of which the server has a point; every point has a learning rate."""
+    return max((point.step for point in run.client.get_metric_history(run.run_id, "train/lr")), default=0)
+
+
+def run_writer(run: TrackedRun, storage: RunStorage) -> RunWriter:
     """Start the actor that ships a run's points, on this process's node, where its spool is."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Shipper).options(
         num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": CLIENT_ENVIRONMENT}
     )
-    return RunWriter(actor.remote(run, str(spool_path)))
+    return RunWriter(actor.remote(run, storage))
 
 
 class CheckpointsInMlflow(UserCallback):
     """Tells the writer of every registered checkpoint. Runs in Ray Train's controller: it must not fail."""
 
-    def __init__(self, writer: RunWriter) -> None:
-        self._writer = writer
+    def __init__(self, writer: RunWriter, storage: RunStorage) -> None:
+        self._writer, self._storage = writer, storage
 
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
     ) -> None:
         if checkpoint is not None:
-            self._writer.actor.checkpoint.remote(metrics[0]["step"], checkpoint.path, {})
+            uri = self._storage.address(Path(checkpoint.path).name)
+            self._writer.actor.checkpoint.remote(metrics[0]["step"], uri, {})

@@ -8,17 +8,16 @@ The same command again continues the run, if it is not complete. Every flag may 
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import ray
@@ -26,16 +25,22 @@ import torch
 import yaml
 
 from jobs import command_line, held_out, tracking, training_data
+from jobs.ending import truthful_end
 from jobs.held_out import ValidationOptions
 from jobs.training_data import DatasetOptions, TrainingData, readable, readable_vlm
 from pipelines import training
 from pipelines.augmentation import AugmentationConfig
 from pipelines.engine import Parallel, TrainConfig
+from pipelines.files import joined
+from pipelines.manifest import MANIFEST
+from pipelines.output import exclusive
 from pipelines.retention import Retention
 from pipelines.run import Run, trained_datasets
+from pipelines.run_storage import START, RunStorage
 from pipelines.stream import SampleReader, StreamConfig
 from pipelines.training import Cluster
 from pipelines.validation import HeldOut
+from pipelines.watch import start_board
 from smolvla.configuration import SmolVLAConfig
 from smolvla.lora import ATTENTION, LoRA
 from smolvla.modeling import SmolVLAPolicy
@@ -137,7 +142,9 @@ class TrainJob:
     run_name: str = ""
     """Name of the run and of its folder; the same name continues the same run. Empty: <policy>-<dataset>."""
     storage_path: str = "~/smolvla_runs"
-    """Folder of all runs; every node must see it."""
+    """Folder of all runs, which every node must see, or a prefix of an object store (s3://bucket/runs)."""
+    work_path: str = "~/.cache/smolvla_runs"
+    """With an object store: folder of each node's own, for what is on its way and what is appended to."""
     steps: int = 20_000
     """Optimiser steps."""
     batch_size: int = 64
@@ -173,6 +180,8 @@ class TrainJob:
     cpus_per_worker: float = 1.0
     max_failures: int = 3
     """Restarts of dead workers before the run fails; -1: no limit."""
+    collective_timeout_s: float = 600.0
+    """How long workers wait for one that is stuck before the step fails and names it; the workers restart."""
     log_every: int = 10
     """Steps."""
     record_rows: bool = False
@@ -193,6 +202,8 @@ class TrainJob:
         if not self.grad_norm_limit > 0:
             raise ValueError(f"grad_norm_limit {self.grad_norm_limit} is not positive")
         self._check_parallel()
+        if self.collective_timeout_s <= 0:
+            raise ValueError(f"collective_timeout_s {self.collective_timeout_s} is not positive")
         if self.cpus_per_worker <= 0:
             raise ValueError(f"cpus_per_worker {self.cpus_per_worker} is not positive")
         count, rest = divmod(self.batch_size, self.micro_batch)
@@ -251,7 +262,7 @@ OPTIMIZER_FIELDS = {  # flag of the group `optimizer` -> field of the policy's c
     "decay_lr": "scheduler_decay_lr",
 }
 CLOSE_WITHIN_S = 60.0  # for a tracking server that is away at the end; the spool keeps what is left
-LAST_POINTS_S = 1.5  # in which the writer, which ships every second, delivers the last ones of a stopped job
+RECORD = "run.json"  # what the run is, and its MLflow run
 NOT_IDENTITY = (  # these change no number of the run, beyond rounding
     "log_every",
     "checkpoint_every",
@@ -273,8 +284,13 @@ class Prepared:
     reader: SampleReader
     held_out: HeldOut | None
     train: TrainConfig
-    folder: Path
+    storage: RunStorage
     identity: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder on this node."""
+        return self.storage.folder
 
 
 def prepare(job: TrainJob) -> Prepared:
@@ -309,10 +325,10 @@ def prepare(job: TrainJob) -> Prepared:
         "augmentation": asdict(job.augmentation) if job.augmentation.is_on else None,
         "validation": held_out.identity(job.validation, measured),
     }
-    folder = _run_folder(job)
-    _check_same_run(folder, identity)
+    storage = _run_storage(job)
+    _check_same_run(storage, identity)
     as_saved = json.loads(json.dumps(identity))
-    return Prepared(data, policy_config, reader, measured, train, folder, as_saved)
+    return Prepared(data, policy_config, reader, measured, train, storage, as_saved)
 
 
 def _check_given(job: TrainJob) -> None:
@@ -323,22 +339,28 @@ def _check_given(job: TrainJob) -> None:
         raise ValueError(f"run_name {job.run_name!r}: must be the name of a folder")
 
 
-def _run_folder(job: TrainJob) -> Path:
-    storage = Path(job.storage_path).expanduser()
-    if "://" in job.storage_path:
-        raise ValueError(
-            f"storage_path {job.storage_path}: only folders that all nodes see are supported so far"
-        )
-    if not storage.is_absolute():
-        raise ValueError(f"storage_path {job.storage_path!r} is relative, and a submitted job runs in a copy")
-    folder = storage / job.run_name
+def _run_storage(job: TrainJob) -> RunStorage:
+    """Where the run is kept, tried by writing."""
+    flag, path = (
+        ("work_path", job.work_path) if "://" in job.storage_path else ("storage_path", job.storage_path)
+    )
+    home = Path(path).expanduser()
+    if not home.is_absolute():
+        raise ValueError(f"{flag} {path!r} is relative, and a submitted job runs in a copy")
+    storage = RunStorage(folder=home / job.run_name)
+    if flag == "work_path":
+        uri = joined(job.storage_path, job.run_name)
+        digest = hashlib.sha256(uri.encode()).hexdigest()[:8]  # runs of several buckets may have one name
+        storage = RunStorage(folder=home / f"{job.run_name}-{digest}", uri=uri)
+        path = job.storage_path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise ValueError(f"storage_path {job.storage_path}: cannot be written: {error}") from None
-    return folder
+        storage.folder.mkdir(parents=True, exist_ok=True)
+        storage.write(".writable", b"")
+        storage.delete_file(".writable")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"storage_path {path}: cannot be written: {reason}") from None
+    return storage
 
 
 def _policy_config(job: TrainJob, data: TrainingData) -> SmolVLAConfig:
@@ -379,35 +401,43 @@ def _train_config(job: TrainJob) -> TrainConfig:
     )
 
 
-def _check_same_run(folder: Path, identity: dict[str, Any]) -> None:
+def _check_same_run(storage: RunStorage, identity: dict[str, Any]) -> None:
     """A run continues as what it was: a changed number would make its curve a lie."""
-    if not (folder / "run.json").exists():
+    if not storage.has(RECORD):
         return
-    before = json.loads((folder / "run.json").read_text())["identity"]
+    before = storage.read_json(RECORD)["identity"]
     for name, value in json.loads(json.dumps(identity)).items():
         if before.get(name) != value:
             raise ValueError(
-                f"run_name {folder.name}: this run has {name} {before.get(name)!r}, now {value!r}; "
+                f"run_name {storage.name}: this run has {name} {before.get(name)!r}, now {value!r}; "
                 "take another run_name, or delete the folder"
             )
 
 
 @contextlib.contextmanager
-def only_driver(folder: Path) -> Iterator[None]:
-    """Hold the run's folder: two jobs that write one run would destroy it."""
-    with (folder / ".lock").open("w") as lock:
+def only_driver(storage: RunStorage) -> Iterator[None]:
+    """Hold the run: two jobs that write one run would destroy it."""
+    if storage.uri:  # no locks there, but a lease
+        with contextlib.ExitStack() as stack:
+            with command_line.refusals():
+                stack.enter_context(exclusive(storage.uri, what="storage_path", owner="another job"))
+            yield
+        return
+    with (storage.folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            command_line.fail(f"run_name {folder.name}: another job is running it, {folder} is locked")
+            command_line.fail(f"run_name {storage.name}: another job is running it, {storage} is locked")
         yield
 
 
 def write_start(prepared: Prepared, job: TrainJob) -> None:
     """Put the policy of step 0 into the run's folder, where every worker and every restart finds it."""
-    start, partial = prepared.folder / "start", prepared.folder / "start.partial"
-    if start.exists():
+    storage = prepared.storage
+    start, partial = storage.folder / START, storage.folder / f"{START}.partial"
+    if storage.has(f"{START}/config.json") and (not storage.uri or storage.has(f"{START}/{MANIFEST}")):
         return
+    shutil.rmtree(start, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
     torch.manual_seed(job.seed)
     config = prepared.policy_config
@@ -419,6 +449,8 @@ def write_start(prepared: Prepared, job: TrainJob) -> None:
     policy.processor = training_data.processor(prepared.data, config)
     policy.save_pretrained(partial)
     partial.rename(start)
+    if storage.uri:
+        storage.seal(START, [storage.upload(start, START)])
 
 
 def check_cluster(job: TrainJob) -> None:
@@ -439,9 +471,9 @@ def check_cluster(job: TrainJob) -> None:
 
 def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.TrackedRun:
     """The MLflow run: a new one, or the one that this run's folder names."""
-    record = prepared.folder / "run.json"
-    if record.exists():
-        known = json.loads(record.read_text())
+    storage = prepared.storage
+    if storage.has(RECORD):
+        known = storage.read_json(RECORD)
         return tracking.continue_run(
             job.tracking.uri, known["mlflow_run_id"], resumed_from_step=step, tags=tracking.source_tags()
         )
@@ -461,7 +493,7 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
         "parallel": job.parallel,
         "chunk_size": prepared.policy_config.chunk_size,
         "fps": data.fps,
-        "run_folder": str(prepared.folder),
+        "run_folder": str(storage),
     }
     run = tracking.start_run(
         job.tracking.uri,
@@ -483,10 +515,8 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
     run.client.log_text(run.run_id, as_yaml(job), "config/job.yaml")
     run.client.log_dict(run.run_id, prepared.identity, "config/identity.json")
     run.client.log_dict(run.run_id, prepared.policy_config.to_dict(), "config/policy.json")
-    partial = record.with_suffix(".partial")
     known = {"mlflow_run_id": run.run_id, "link": run.link, "identity": prepared.identity}
-    partial.write_text(json.dumps(known, indent=1))
-    partial.rename(record)
+    storage.write_json(RECORD, known)
     return run
 
 
@@ -502,33 +532,6 @@ def completed(job: TrainJob) -> TrainJob:
 def as_yaml(job: TrainJob) -> str:
     """All flags with their values."""
     return yaml.safe_dump(asdict(job), sort_keys=False)
-
-
-@contextlib.contextmanager
-def truthful_end(run: tracking.TrackedRun) -> Iterator[None]:
-    """Whatever ends the job, the MLflow run says so. SIGKILL alone leaves it RUNNING."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        try:
-            run.finish("KILLED")  # first of all: `ray job stop` kills after 3 s by default
-            print("stopped; the same command continues the run", flush=True)
-            time.sleep(LAST_POINTS_S)
-        finally:
-            # Not by an exception: the signal may come while Ray's own code runs, which can swallow it.
-            # Nothing is lost: a checkpoint counts when its manifest stands.
-            os._exit(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    except BaseException:
-        run.finish("FAILED")
-        raise
-    else:
-        run.finish("FINISHED")
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def show_progress(writer: tracking.RunWriter, job: TrainJob, done: threading.Event) -> None:
@@ -554,22 +557,23 @@ def show_progress(writer: tracking.RunWriter, job: TrainJob, done: threading.Eve
 
 def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
     """Run the training; returns the figures of the report line."""
-    at = training.position(prepared.folder)
+    at = training.position(prepared.storage)
     run = tracked(job, prepared, step=at.step)
     print(f"MLflow run: {run.link}", flush=True)
     started = time.monotonic()
-    with truthful_end(run):
-        writer = tracking.run_writer(run, prepared.folder / "metrics.jsonl")
+    board = start_board()
+    with truthful_end(run, board):
+        writer = tracking.run_writer(run, prepared.storage)
         try:
             if at.step >= job.steps:
                 print(f"run {job.run_name} is complete at step {at.step}; nothing to do", flush=True)
             else:
-                fit(job, prepared, writer, at_step=at.step)
+                fit(job, prepared, writer, board, at_step=at.step)
         finally:
             undelivered = writer.close(CLOSE_WITHIN_S)
     return {
         "mlflow": run.link,
-        "run_folder": str(prepared.folder),
+        "run_folder": str(prepared.storage),
         "step": job.steps,
         "samples": job.steps * job.batch_size,
         "seconds": round(time.monotonic() - started, 1),
@@ -577,12 +581,14 @@ def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, *, at_step: int) -> None:
+def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, board: Any, *, at_step: int) -> None:
     """Train while a thread prints the progress."""
     if at_step:
         print(f"continues from step {at_step}", flush=True)
     run = Run(
         folder=prepared.folder,
+        uri=prepared.storage.uri,
+        collective_timeout_s=job.collective_timeout_s,
         train=prepared.train,
         identity=prepared.identity,
         datasets=trained_datasets(prepared.reader),
@@ -590,6 +596,7 @@ def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, *, at_ste
         writer=writer,
         keep=Retention(newest=job.checkpoint.keep, best=job.checkpoint.keep_best),
         validation=prepared.held_out,
+        board=board,
     )
     fewest, most = job.workers
     cluster = Cluster(
@@ -601,7 +608,9 @@ def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, *, at_ste
     done = threading.Event()
     threading.Thread(target=show_progress, args=(writer, job, done), daemon=True).start()
     try:
-        training.fit(run, prepared.reader, cluster, callbacks=[tracking.CheckpointsInMlflow(writer)])
+        training.fit(
+            run, prepared.reader, cluster, callbacks=[tracking.CheckpointsInMlflow(writer, prepared.storage)]
+        )
     finally:
         done.set()
 
@@ -613,7 +622,7 @@ def main(job: TrainJob) -> None:
     with command_line.refusals():
         prepared = prepare(job)
         tracking.check_reachable(job.tracking.uri)
-    with only_driver(prepared.folder):
+    with only_driver(prepared.storage):
         with command_line.refusals():
             write_start(prepared, job)
         command_line.start_ray()

@@ -8,10 +8,10 @@ step_000000200/
     MANIFEST.json       size and SHA-256 of every file, written last: without a good one nothing is resumed
 
 Nothing is pickled: torch's distributed checkpoint writes through its safetensors storage, which reshards on
-reading, so a run saved by two workers continues on three.
+reading, so a run saved by two workers continues on three. Into an object store every rank uploads what it
+wrote on its node, and the manifest follows when all have.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,12 +28,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from pipelines.averaging import WeightAverage
+from pipelines.manifest import Entries, write_manifest
+from pipelines.run_storage import STEPS, RunStorage
 from smolvla.lora import save_adapter
 
 if TYPE_CHECKING:
     from smolvla.modeling import SmolVLAPolicy
 
-MANIFEST, TRAINING = "MANIFEST.json", "training_state"
+TRAINING = "training_state"
 PRETRAINED, ADAPTER = "pretrained_model", "adapter"  # of averaged weights with _ema behind
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside the step count
 
@@ -60,56 +62,31 @@ class Progress:
     """Rows met so far that could not be used."""
     val_loss: float | None = None
     """Of the held-out episodes, if this step was validated."""
+    since_point: tuple[tuple[float, float, float], ...] = ()
+    """Loss, gradient norm and whether it was skipped, of the steps since the last point of the curve."""
 
 
 def folder_name(step: int) -> str:
     """Name of a checkpoint's folder; deterministic, so that a repeated save replaces instead of leaking."""
-    return f"step_{step:09d}"
-
-
-def write_manifest(folder: Path) -> None:
-    """Seal a checkpoint: list every file with size and hash, then put the list in place by one rename."""
-    entries = {name: _entry(folder / name) for name in _files(folder)}
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps({"files": entries}, indent=1))
-    partial.rename(folder / MANIFEST)
-
-
-def problem(folder: Path) -> str | None:
-    """Why a folder is no good checkpoint, or None if it is."""
-    try:
-        declared = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{folder}: no readable {MANIFEST}: {error}"
-    for name, entry in declared.items():
-        if not (folder / name).is_file():
-            return f"{folder}: {name} is missing"
-        found = _entry(folder / name)
-        if found != entry:
-            return f"{folder}: {name} is {found}, {MANIFEST} says {entry}"
-    return None
-
-
-def latest(run_folder: Path) -> Path | None:
-    """The newest good checkpoint of a run, registered with Ray Train or not."""
-    folders = sorted(run_folder.glob("step_*"), reverse=True)
-    return next((folder for folder in folders if problem(folder) is None), None)
+    return f"{STEPS}{step:09d}"
 
 
 def progress(folder: Path) -> Progress:
     """Where the run was when a checkpoint was taken."""
     trainer = json.loads((folder / TRAINING / "trainer.json").read_text())
     rows = tuple(BadRow(*row) for row in trainer.get("bad_rows", []))
+    since_point = tuple((loss, norm, skipped) for loss, norm, skipped in trainer.get("since_point", []))
     return Progress(
         step=trainer["step"],
         samples_seen=trainer["samples_seen"],
         bad_rows=rows,
         val_loss=trainer.get("val_loss"),
+        since_point=since_point,
     )
 
 
 def save(
-    folder: Path,
+    storage: RunStorage,
     policy: "SmolVLAPolicy",
     optimizer: AdamW,
     *,
@@ -121,10 +98,11 @@ def save(
 ) -> Callable[[], None]:
     """Start saving; every rank calls it. The returned function finishes it and may run in another thread.
 
-    The weights are copied before this returns, so training goes on at once.
+    The weights are copied before this returns, so training goes on at once. The next save must not begin
+    before this one is finished, as both talk through `group`.
 
     Args:
-        folder: the checkpoint's folder; what an interrupted save left there is removed.
+        storage: the run's; what an interrupted save left there is removed.
         policy: without a wrapper; its parameters may be sharded by FSDP2. Its processor is saved with it.
         optimizer: over the policy's trainable parameters.
         at: steps and samples done.
@@ -133,10 +111,8 @@ def save(
         average: of the policy's weights.
         base: where the policy lies as it was before its adapters, if it has some.
     """
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / TRAINING).mkdir(parents=True)
+    rank, name = dist.get_rank(), folder_name(at.step)
+    folder = _emptied(storage, name, rank=rank)
     dist.barrier(group)
     writer = HuggingFaceStorageWriter(path=str(folder / TRAINING), save_distributed=True)
     written: Any = dcp.async_save(
@@ -150,18 +126,48 @@ def save(
 
     def finish() -> None:
         written.result()  # on rank 0 this waits for every rank's shards
-        if rank != 0:
-            return
-        for suffix, tensors in exported.items():
-            policy.save_pretrained(folder / f"{PRETRAINED}{suffix}", state_dict=tensors)
-            if policy.lora:
-                save_adapter(policy, folder / f"{ADAPTER}{suffix}", base=base, state_dict=tensors)
-        # fewer than steps where some were skipped
-        trainer = asdict(at) | {"optimizer_steps": optimizer_steps, "identity": identity}
-        (folder / TRAINING / "trainer.json").write_text(json.dumps(trainer, indent=1))
-        write_manifest(folder)
+        if rank == 0:
+            _export(policy, folder, exported, base=base)
+            # fewer than steps where some were skipped
+            trainer = asdict(at) | {"optimizer_steps": optimizer_steps, "identity": identity}
+            (folder / TRAINING / "trainer.json").write_text(json.dumps(trainer, indent=1))
+        if storage.uri:
+            _upload(storage, name, staged=folder, group=group)
+        elif rank == 0:
+            write_manifest(folder)
 
     return finish
+
+
+def _emptied(storage: RunStorage, name: str, *, rank: int) -> Path:
+    """Where this rank writes; what an interrupted save left is gone, there and in the store."""
+    folder = storage.staging(name, rank=rank)
+    if rank == 0:
+        storage.delete(name)
+    if rank == 0 or storage.uri:
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / TRAINING).mkdir(parents=True)
+    return folder
+
+
+def _export(
+    policy: "SmolVLAPolicy", folder: Path, exported: Mapping[str, Mapping[str, Tensor]], *, base: str
+) -> None:
+    """Each set of weights by the end of its folder's name."""
+    for suffix, tensors in exported.items():
+        policy.save_pretrained(folder / f"{PRETRAINED}{suffix}", state_dict=tensors)
+        if policy.lora:
+            save_adapter(policy, folder / f"{ADAPTER}{suffix}", base=base, state_dict=tensors)
+
+
+def _upload(storage: RunStorage, name: str, *, staged: Path, group: dist.ProcessGroup) -> None:
+    """Every rank's files into the object store, then the manifest of all of them."""
+    mine = storage.upload(staged, name)
+    everyone: list[Entries] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine, group=group)
+    if dist.get_rank() == 0:
+        storage.seal(name, everyone)
+    shutil.rmtree(staged)
 
 
 def load(
@@ -221,14 +227,3 @@ def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]
         if keep:
             copies[name] = whole.detach().to("cpu", copy=True)
     return copies
-
-
-def _files(folder: Path) -> list[str]:
-    paths = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return [str(p.relative_to(folder)) for p in paths if not p.name.startswith(MANIFEST)]
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}

@@ -51,7 +51,7 @@ class Feed:
         """Those met so far by this worker."""
         self._rows_path = run.folder / "rows" / f"rank_{rank}.jsonl" if run.train.record_rows else None
         if self._rows_path is not None:
-            self._rows_path.parent.mkdir(exist_ok=True)
+            self._rows_path.parent.mkdir(parents=True, exist_ok=True)
 
     def of_step(self, step: int) -> tuple[int, Iterator[tuple[int, dict[str, Tensor]]]]:
         """How many micro-batches of a step are this worker's, and each: (m, columns on the device)."""

@@ -70,5 +70,11 @@ def copy_file(filesystem: pafs.FileSystem, source: str, target: str) -> None:
         stream.write(content.read())
 
 
+def joined(uri: str, name: str) -> str:
+    """The path or URI of something in a folder; a URI's options stay behind it."""
+    path, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    return f"{path.rstrip('/')}/{name}{mark}{options}"
+
+
 def exists(filesystem: pafs.FileSystem, path: str) -> bool:
     return filesystem.get_file_info(path).type == pafs.FileType.File

@@ -4,14 +4,14 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.checkpoint import BadRow
+from pipelines.checkpoint import BadRow, Progress
 from pipelines.engine import StepResult
 from pipelines.feed import Feed
 from pipelines.run import Run
@@ -20,17 +20,19 @@ from pipelines.run import Run
 class Meter:
     """Collects what happened on the device and reads it back once an interval; rank 0 writes it."""
 
-    def __init__(self, run: Run, *, rank: int, feed: Feed, known_bad_rows: Iterable[BadRow]) -> None:
+    def __init__(self, run: Run, *, rank: int, feed: Feed, at: Progress) -> None:
         self._run, self._rank, self._feed = run, rank, feed
         self.last_loss = float("nan")
-        self.bad_rows = set(known_bad_rows)
+        self.bad_rows = set(at.bad_rows)
         """Those of all workers; the same on each."""
         self._skipped_in_a_row = 0
         # A group of its own: checkpoints are written by another thread, through theirs.
         self._group = dist.new_group(backend="gloo")
         self._restart()
+        self._before = torch.tensor(at.since_point).reshape(-1, 3)
 
     def _restart(self) -> None:
+        self._before = torch.empty(0, 3)  # of the interval, what was computed before an interruption
         self._results: dict[int, StepResult] = {}
         self._started, self._waited = time.perf_counter(), self._feed.waited_s
         self._feed.forget_rows()
@@ -62,8 +64,7 @@ class Meter:
         self._results[step] = result
         if not log and step % self._run.train.log_every:
             return
-        results = self._results.values()
-        found = torch.stack([torch.stack([r.loss, r.grad_norm, r.skipped.float()]) for r in results]).cpu()
+        found = self._found()
         seconds = time.perf_counter() - self._started
         kept = found[found[:, 2] == 0]
         values = {
@@ -71,7 +72,7 @@ class Meter:
             **self._epochs(step * self._run.train.batch_size),
             "train/skipped_steps": float(len(found) - len(kept)),
             "data/wait_share": (self._feed.waited_s - self._waited) / seconds,
-            "data/samples_per_s": len(found) * self._run.train.batch_size / seconds,
+            "data/samples_per_s": len(self._results) * self._run.train.batch_size / seconds,
         }
         if len(kept):
             self.last_loss, norm = float(kept[:, 0].mean()), float(kept[:, 1].mean())
@@ -80,10 +81,20 @@ class Meter:
         values["data/bad_rows"] = float(len(self.bad_rows))
         if self._rank == 0:
             self._run.writer.log(step, {**values, **measured()})
-        self._look_at_skips(found)
+        self._look_at_skips(found[len(self._before) :])
         if len(self.bad_rows) > self._run.max_bad_rows:
             raise BadRowsError(self._run, self.bad_rows)
         self._restart()
+
+    def _found(self) -> Tensor:
+        """(steps of the interval, 3): loss, gradient norm, skipped."""
+        rows = [torch.stack([r.loss, r.grad_norm, r.skipped.float()]) for r in self._results.values()]
+        return torch.cat([self._before, torch.stack(rows).cpu()]) if rows else self._before
+
+    def since_point(self) -> tuple[tuple[float, float, float], ...]:
+        """What a checkpoint within an interval must keep, so that the next point is the mean of all of it."""
+        self._exchange_bad_rows()
+        return tuple((loss, norm, skipped) for loss, norm, skipped in self._found().tolist())
 
     def _look_at_skips(self, found: Tensor) -> None:
         """Name the rows of skipped steps in <run>/skipped/, and give up after too many in a row."""
@@ -93,7 +104,7 @@ class Meter:
                 continue
             line = {"step": step, "loss": str(loss), "grad_norm": str(norm), "rows": self._feed.rows[step]}
             folder = self._run.folder / "skipped"
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             with (folder / f"rank_{self._rank}.jsonl").open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
             if self._skipped_in_a_row >= self._run.train.max_skipped_in_a_row:
@@ -133,7 +144,7 @@ class Meter:
         self.bad_rows |= set().union(*everyone)
         if self._rank == 0:
             names = [named(self._run, row) for row in sorted(self.bad_rows)]
-            (self._run.folder / "bad_rows.json").write_text(json.dumps(names, indent=1))
+            self._run.storage.write_json("bad_rows.json", names)
 
 
 def named(run: Run, row: BadRow) -> dict[str, Any]:
@@ -156,7 +167,7 @@ class BadRowsError(Exception):
         where = f"{first['dataset']}: episode {first['episode']} frame {first['frame']}: {first['cameras']}"
         super().__init__(
             f"{len(rows)} rows have images that cannot be used, max_bad_rows allows {run.max_bad_rows}; "
-            f"the first: {where}; all are in {run.folder / 'bad_rows.json'}"
+            f"the first: {where}; all are in {run.storage.address('bad_rows.json')}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

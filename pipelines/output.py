@@ -128,8 +128,10 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def exclusive(uri: str) -> Iterator[None]:
+def exclusive(uri: str, *, what: str = "output", owner: str = "another ingestion") -> Iterator[None]:
     """Hold the output for this process, so that two runs do not mix.
+
+    `what` and `owner` name both in messages.
 
     A local folder is locked by the kernel, which lets go when the process ends, however it does. An object
     store has no locks: there the run leaves a lease that changes every few seconds, and whoever finds one
@@ -142,39 +144,41 @@ def exclusive(uri: str) -> Iterator[None]:
     """
     filesystem, root = filesystem_of(uri)
     local = isinstance(filesystem, pafs.LocalFileSystem)
-    with _locked(root, uri) if local else _leased(filesystem, f"{root}/{LEASE}", uri):
+    name = f"{what} {uri}"
+    busy = f"{name}: {owner} is writing into it"
+    with _locked(root, name, busy) if local else _leased(filesystem, f"{root}/{LEASE}", name, busy):
         yield
 
 
 @contextlib.contextmanager
-def _locked(root: str, uri: str) -> Iterator[None]:
+def _locked(root: str, name: str, busy: str) -> Iterator[None]:
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
         folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise ValueError(f"output {uri}: {error.strerror}") from None
+        raise ValueError(f"{name}: {error.strerror}") from None
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"output {uri}: another ingestion is writing into it") from None
+            raise ValueError(busy) from None
         yield
     finally:
         os.close(folder)
 
 
 @contextlib.contextmanager
-def _leased(filesystem: pafs.FileSystem, path: str, uri: str) -> Iterator[None]:
+def _leased(filesystem: pafs.FileSystem, path: str, name: str, busy: str) -> Iterator[None]:
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "run": uuid.uuid4().hex}
     try:
-        if _is_held(filesystem, path, uri):
-            raise ValueError(f"output {uri}: another ingestion is writing into it")
+        if _is_held(filesystem, path, name):
+            raise ValueError(busy)
         write_json(filesystem, path, owner | {"beat": 0})
         time.sleep(SETTLE_S)  # whoever looked before we wrote has written by now, and the last writer stays
         if _lease(filesystem, path).get("run") != owner["run"]:
-            raise ValueError(f"output {uri}: another ingestion is writing into it")
+            raise ValueError(busy)
     except OSError as error:
-        raise ValueError(f"output {uri}: cannot be written: {_first_line(error)}") from None
+        raise ValueError(f"{name}: cannot be written: {_first_line(error)}") from None
     stop = threading.Event()
     beats = threading.Thread(target=_beat, args=(filesystem, path, owner, stop), daemon=True)
     beats.start()
@@ -196,12 +200,12 @@ def _beat(filesystem: pafs.FileSystem, path: str, owner: dict[str, Any], stop: t
             log.warning("the lease %s could not be renewed: %s", path, _first_line(error))
 
 
-def _is_held(filesystem: pafs.FileSystem, path: str, uri: str) -> bool:
+def _is_held(filesystem: pafs.FileSystem, path: str, name: str) -> bool:
     """Watch a lease for as long as its owner may be silent; no clocks are compared."""
     found = _lease(filesystem, path)
     if not found or (found["host"] == socket.gethostname() and not psutil.pid_exists(found["pid"])):
         return False
-    log.warning("output %s: a run on %s left a lease; watching it for %.0f s", uri, found["host"], SILENT_S)
+    log.warning("%s: a run on %s left a lease; watching it for %.0f s", name, found["host"], SILENT_S)
     deadline_s = time.monotonic() + SILENT_S
     while time.monotonic() < deadline_s:
         time.sleep(0.5)

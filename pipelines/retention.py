@@ -5,21 +5,19 @@ it keeps all, and the run deletes by itself, right after a checkpoint is sealed:
 and what interrupted saves left behind.
 """
 
-import json
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines.checkpoint import MANIFEST, TRAINING
+from pipelines.checkpoint import TRAINING
+from pipelines.manifest import MANIFEST
 
 BEST = "best.json"
 
 
 class Store(Protocol):
-    """The run's folder, wherever it is."""
+    """The run's folder, wherever it is; `pipelines.run_storage.RunStorage` is one."""
 
     def checkpoints(self) -> list[str]:
         """Names of all checkpoint folders, complete or not."""
@@ -86,28 +84,3 @@ def ranked(losses: Mapping[str, float]) -> list[str]:
 def _record(store: Store, name: str, loss: float) -> dict[str, Any]:
     step = store.read_json(f"{name}/{TRAINING}/trainer.json")["step"]
     return {"checkpoint": name, "step": step, "val/loss": loss}
-
-
-@dataclass(frozen=True)
-class FolderStore:
-    """A run's folder that all nodes see."""
-
-    folder: Path
-
-    def checkpoints(self) -> list[str]:
-        return sorted(path.name for path in self.folder.glob("step_*"))
-
-    def has(self, name: str) -> bool:
-        return (self.folder / name).is_file()
-
-    def read_json(self, name: str) -> Any:
-        return json.loads((self.folder / name).read_text())
-
-    def write_json(self, name: str, content: Any) -> None:
-        partial = self.folder / f"{name}.partial"
-        partial.write_text(json.dumps(content, indent=1))
-        partial.rename(self.folder / name)
-
-    def delete(self, name: str) -> None:
-        (self.folder / name / MANIFEST).unlink(missing_ok=True)  # what is half deleted must not count
-        shutil.rmtree(self.folder / name)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from pipelines.engine import TrainConfig
 from pipelines.retention import Retention
+from pipelines.run_storage import RunStorage
 from pipelines.stream import SampleReader
 from pipelines.validation import HeldOut
 
@@ -60,7 +61,9 @@ class Run:
     """Everything a worker needs; small enough to be sent to each."""
 
     folder: Path
-    """The run's folder; every node must see it."""
+    """The run's folder, which every node must see; with `uri`, a work folder of each node's own."""
+    uri: str = ""
+    """The run in an object store."""
     train: TrainConfig
     identity: Mapping[str, Any]
     """What the run is, written into each checkpoint."""
@@ -73,8 +76,12 @@ class Run:
     """The checkpoints that stay."""
     validation: HeldOut | None = None
     """What is measured beside the training; its episodes are not trained on."""
+    collective_timeout_s: float = 600.0
+    """How long workers wait for each other before the step fails."""
+    board: Any = None
+    """Handle of the `pipelines.watch.Board` where the workers say where they are; None: `fit` starts one."""
 
     @property
-    def start_folder(self) -> Path:
-        """The policy as it was before the first step, with the statistics that are exported with it."""
-        return self.folder / "start"
+    def storage(self) -> RunStorage:
+        """Where the run is kept."""
+        return RunStorage(folder=self.folder, uri=self.uri)

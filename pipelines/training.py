@@ -3,8 +3,10 @@
 The mathematics of a step is in `pipelines.engine`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,7 @@ import torch
 import torch.distributed as dist
 from ray.data import Dataset, ExecutionOptions
 from ray.train import (
-    Checkpoint,
     CheckpointConfig,
-    CheckpointUploadMode,
     DataConfig,
     FailureConfig,
     Result,
@@ -31,10 +31,12 @@ from pipelines.checkpoint import Progress
 from pipelines.engine import Engine
 from pipelines.feed import Feed
 from pipelines.meter import Meter
-from pipelines.retention import FolderStore, retain
 from pipelines.run import Run
+from pipelines.run_storage import START, RunStorage
+from pipelines.saver import Saver
 from pipelines.stream import SampleReader, micro_batches
 from pipelines.validation import Validation
+from pipelines.watch import IN_STEP, WAITING, Agreement, Watch, Wish, start_board
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +60,17 @@ def fit(
     Raises:
         ray.train.TrainingFailedError: the workers failed more than `cluster.max_failures` times.
     """
+    # Ray Train reads these from the driver's environment. A process that is stopped answers no poll: it is
+    # named and killed. A placement group that was asked for just before a node was found dead is asked for
+    # again after the second.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(run.collective_timeout_s)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    run = replace(run, board=run.board or start_board())
+    filesystem, root = run.storage.place()
     # Ray's list of the checkpoints that it registered. Nothing here reads it, and Ray refuses to start when a
     # folder that it names is gone.
-    (run.folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        run.storage.delete_file("checkpoint_manager_snapshot.json")
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
     trainer = TorchTrainer(
         train_worker,
@@ -69,24 +79,23 @@ def fit(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            name=run.folder.name,
-            storage_path=str(run.folder.parent),
+            name=Path(root).name,
+            storage_path=str(Path(root).parent),
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=None),  # the run deletes by itself
             callbacks=list(callbacks or []),
         ),
-        torch_config=TorchConfig(
-            timeout_s=600
-        ),  # a dead peer should end the step in minutes, not in half an hour
+        torch_config=TorchConfig(timeout_s=int(run.collective_timeout_s)),
         datasets={"train": _dataset_at_position(run, reader, cluster)},
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
     )
     return trainer.fit()
 
 
-def position(run_folder: Path) -> Progress:
+def position(storage: RunStorage) -> Progress:
     """Where a run would go on: at its newest good checkpoint, or at the start."""
-    folder = checkpoint.latest(run_folder)
+    folder = storage.newest()
     return checkpoint.progress(folder) if folder else Progress(step=0, samples_seen=0)
 
 
@@ -96,7 +105,8 @@ def _dataset_at_position(run: Run, reader: SampleReader, cluster: Cluster) -> Ca
     most = workers if isinstance(workers, int) else workers[1]
 
     def build() -> Dataset:
-        start = position(run.folder).samples_seen // run.train.micro_batch
+        ray.get(run.board.begin.remote())
+        start = position(run.storage).samples_seen // run.train.micro_batch
         # Ray cuts the last blocks up so that all workers get the same number of rows, which nobody may need.
         stop = run.train.steps * run.train.micro_batches + 2 * most
         return micro_batches(reader, start=start, stop=stop)
@@ -114,25 +124,59 @@ def train_worker(config: dict[str, Any]) -> None:
     if feed.samples_seen == run.train.steps * run.train.batch_size:
         return  # the workers died after the last checkpoint and before they could say so
     engine, at = _restored(run, feed.samples_seen, device)
-    saver = dist.new_group(backend="gloo")
-    meter = Meter(run, rank=rank, feed=feed, known_bad_rows=at.bad_rows)
+    watch = Watch(run.board, rank=rank, timeout_s=run.collective_timeout_s)
+    with watch.naming_the_missing():
+        _train(run, engine, feed, at, watch)
+    watch.close()
+
+
+def _train(run: Run, engine: Engine, feed: Feed, at: Progress, watch: Watch) -> None:
+    """From where the policy stands to the last step, or to where the driver wants to stop."""
+    saver = Saver(run, watch)
+    meter = Meter(run, rank=dist.get_rank(), feed=feed, at=at)
     validation = Validation.of(run.validation, last_step=run.train.steps, folder=run.folder)
+    agreement = Agreement(timeout_s=run.collective_timeout_s)
     for step in range(at.step + 1, run.train.steps + 1):
-        count, micro_batches_of_step = feed.of_step(step)
-        result = engine.step(step, micro_batches_of_step, count=count)
-        saves = step % run.train.checkpoint_every == 0 or step == run.train.steps
+        count, batches = feed.of_step(step)
+        result = engine.step(step, _told(watch, step, batches), count=count)
+        wish = agreement.exchanged(watch.wish())
+        planned = step % run.train.checkpoint_every == 0 or step == run.train.steps
         with meter.paused():
             found = validation.at(step, engine) if validation else {}
         # written with the step's own values, because a step has one point
-        meter.step(step, result, log=saves or bool(found), measured=lambda found=found: found)
-        if saves:
-            done = Progress(
-                step=step,
-                samples_seen=step * run.train.batch_size,
-                bad_rows=tuple(sorted(meter.bad_rows)),
-                val_loss=found.get("val/loss"),
-            )
-            _save(run, engine, done, group=saver, loss=meter.last_loss)
+        meter.step(
+            step,
+            result,
+            log=planned or bool(found),
+            measured=lambda found=found: {**found, **saver.measured()},
+        )
+        if planned or wish:
+            done = _progress(run, step, meter, val_loss=found.get("val/loss"))
+            saver.save(engine, done, loss=meter.last_loss)
+        if wish == Wish.SAVE_AND_STOP:
+            break
+    agreement.settled()
+
+
+def _progress(run: Run, step: int, meter: Meter, *, val_loss: float | None) -> Progress:
+    since_point = meter.since_point()
+    return Progress(
+        step=step,
+        samples_seen=step * run.train.batch_size,
+        bad_rows=tuple(sorted(meter.bad_rows)),
+        val_loss=val_loss,
+        since_point=since_point,
+    )
+
+
+def _told(watch: Watch, step: int, batches: Iterator[Any]) -> Iterator[Any]:
+    """The micro-batches of a step, the watch informed."""
+    watch.now(step, WAITING)
+    for batch in batches:
+        watch.now(step, IN_STEP)
+        yield batch
+        watch.now(step, WAITING)
+    watch.now(step, IN_STEP)
 
 
 def _restored(run: Run, samples_seen: int, device: torch.device) -> tuple[Engine, Progress]:
@@ -144,9 +188,10 @@ def _restored(run: Run, samples_seen: int, device: torch.device) -> tuple[Engine
 
     step, rest = divmod(samples_seen, run.train.batch_size)
     assert rest == 0, f"the stream starts at sample {samples_seen}, inside a step of {run.train.batch_size}"
-    folder = run.folder / checkpoint.folder_name(step)
+    start = run.storage.fetched(START)
+    folder = run.storage.fetched(checkpoint.folder_name(step)) if step else start
     # what is saved of a policy with adapters has them merged into its weights
-    source = folder / checkpoint.PRETRAINED if step and not run.train.lora else run.start_folder
+    source = folder / checkpoint.PRETRAINED if step and not run.train.lora else start
     policy = SmolVLAPolicy.from_pretrained(source)
     policy.processor = SmolVLAProcessor.from_pretrained(source, policy.config)  # before retention deletes it
     engine = Engine(policy.to(device).train(), run.train)
@@ -155,55 +200,3 @@ def _restored(run: Run, samples_seen: int, device: torch.device) -> tuple[Engine
         at = checkpoint.load(folder, policy, engine.optimizer, engine.average)
     assert (at.step, at.samples_seen) == (step, samples_seen), f"{folder} is at {at}, the stream at {step}"
     return engine, at
-
-
-def _save(
-    run: Run,
-    engine: Engine,
-    at: Progress,
-    *,
-    group: dist.ProcessGroup,
-    loss: float,
-) -> None:
-    """Start a checkpoint; Ray's upload thread completes it and the controller registers it."""
-    name = checkpoint.folder_name(at.step)
-    finish = checkpoint.save(
-        run.folder / name,
-        engine.policy,
-        engine.optimizer,
-        at=at,
-        identity=run.identity,
-        group=group,
-        average=engine.average,
-        base=str(run.start_folder),
-    )
-    rank = dist.get_rank()
-
-    def complete(reported: Checkpoint, _: str) -> Checkpoint:
-        if rank == 0:
-            run.writer.flush()  # the points of these steps will not be computed again
-        finish()
-        if rank == 0:
-            _retain(run, newest=name)
-        return reported
-
-    ray.train.report(
-        {"step": at.step, "samples_seen": at.samples_seen, "train/loss": loss},
-        checkpoint=Checkpoint.from_directory(str(run.folder / name)),
-        checkpoint_dir_name=name,
-        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=False,
-        checkpoint_upload_fn=complete,
-    )
-
-
-def _retain(run: Run, *, newest: str) -> None:
-    best = retain(FolderStore(run.folder), run.keep, newest=newest)
-    if best is not None:
-        run.writer.tag(
-            {
-                "best_checkpoint": str(run.folder / best["checkpoint"]),
-                "best_step": str(best["step"]),
-                "best_val_loss": f"{best['val/loss']:.6g}",
-            }
-        )

@@ -137,7 +137,6 @@ def _start_ray() -> dict[str, Any]:
     environment = _client_environment() | {
         "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a stopped job ends its MLflow run; 3 s can be too short
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",  # importing torch on busy cores is slow
     }
     return _started("ray", command, environment, url=f"http://127.0.0.1:{dashboard}")
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +15,19 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from ray.job_submission import JobStatus, JobSubmissionClient
+from test_ingest_s3 import SECRETS, bucket, server
 from toys import with_cut_image
 
 from jobs import train_smolvla
 from jobs.train_smolvla import TrainJob
+from pipelines.files import joined
+from pipelines.run_storage import RunStorage
 from smolvla import SmolVLAPolicy
 
+assert bucket, server  # fixtures
+
 ROOT = Path(__file__).parents[2]
-STEPS = 100  # enough that a stop finds the run unfinished
+STEPS = 60  # enough that a stop finds the run unfinished
 
 
 class Jobs:
@@ -53,33 +60,37 @@ class Jobs:
         environment = {
             "working_dir": str(ROOT),
             "excludes": ["tests", ".local", "data"],
-            "env_vars": {"SMOLVLA_GIT_COMMIT": "c0ffee", "OMP_NUM_THREADS": "1"},
+            "env_vars": SECRETS | {"SMOLVLA_GIT_COMMIT": "c0ffee", "OMP_NUM_THREADS": "1"},
         }
         command = f"python jobs/train_smolvla.py {self.flags(name, dataset, **changes)}"
         return self.client.submit_job(entrypoint=command, runtime_env=environment)
 
-    def wait(self, job, timeout_s=300):
+    def wait(self, job, timeout_s=500):
         deadline = time.monotonic() + timeout_s
         while not (status := self.client.get_job_status(job)).is_terminal():
             assert time.monotonic() < deadline, self.client.get_job_logs(job)[-4000:]
             time.sleep(0.5)
         return status
 
-    def wait_for_step(self, name, job, step, timeout_s=200):
-        spool, deadline = self.storage / name / "metrics.jsonl", time.monotonic() + timeout_s
-        while not (spool.exists() and f'"step": {step},' in spool.read_text()):
+    def wait_for_step(self, name, job, step, timeout_s=400, folder=None):
+        deadline = time.monotonic() + timeout_s
+        while not any(
+            f'"step": {step},' in spool.read_text()
+            for spool in (folder or self.storage).glob(f"{name}*/metrics.jsonl")
+        ):
             status = self.client.get_job_status(job)
             assert not status.is_terminal(), f"{status}: {self.client.get_job_logs(job)[-4000:]}"
             assert time.monotonic() < deadline, self.client.get_job_logs(job)[-4000:]
             time.sleep(0.05)
 
-    def run_of(self, name):
-        run_id = json.loads((self.storage / name / "run.json").read_text())["mlflow_run_id"]
-        return self.mlflow.get_run(run_id)
+    def run_of(self, name, storage=None):
+        storage = storage or RunStorage(folder=self.storage / name)
+        return self.mlflow.get_run(storage.read_json("run.json")["mlflow_run_id"])
 
-    def curve(self, name):
+    def curve(self, name, storage=None):
         """step -> loss as MLflow has it; each step must be there once."""
-        points = self.mlflow.get_metric_history(self.run_of(name).info.run_id, "train/loss")
+        run_id = self.run_of(name, storage).info.run_id
+        points = self.mlflow.get_metric_history(run_id, "train/loss")
         curve = {point.step: point.value for point in points}
         assert len(curve) == len(points), "a step was logged twice"
         return curve
@@ -135,27 +146,53 @@ def test_the_terminal_shows_the_config_the_link_and_the_progress(uninterrupted, 
     assert reports[-1]["undelivered_records"] == 0
 
 
-def test_a_run_whose_job_is_killed_and_stopped_and_submitted_again_draws_the_same_curve(
-    uninterrupted, jobs, episodes
-):
-    job = jobs.submit("killed", episodes)
-    jobs.wait_for_step("killed", job, 25)
-    first_run = jobs.run_of("killed").info.run_id
-    os.kill(int(jobs.client.get_job_info(job).driver_info.pid), signal.SIGKILL)
-    assert jobs.wait(job) == JobStatus.FAILED
-
-    job = jobs.submit("killed", episodes)
-    jobs.wait_for_step("killed", job, 45)
+def test_a_job_told_to_stop_saves_between_two_checkpoints_and_continues_there(uninterrupted, jobs, episodes):
+    job = jobs.submit("stopped", episodes, **{"checkpoint.every": 50})
+    jobs.wait_for_step("stopped", job, 15)
+    first_run = jobs.run_of("stopped").info.run_id
     jobs.client.stop_job(job)
     assert jobs.wait(job) == JobStatus.STOPPED
-    assert jobs.run_of("killed").info.status == "KILLED"
+    assert jobs.run_of("stopped").info.status == "KILLED"
+    (saved,) = re.findall(r"stopped, saved at step (\d+)", jobs.client.get_job_logs(job))
+    assert 15 < int(saved) < 50
 
-    job = jobs.submit("killed", episodes)
+    job = jobs.submit("stopped", episodes, **{"checkpoint.every": 50})
     assert jobs.wait(job) == JobStatus.SUCCEEDED, jobs.client.get_job_logs(job)[-4000:]
-    run = jobs.run_of("killed")
+    run = jobs.run_of("stopped")
     assert (run.info.run_id, run.info.status) == (first_run, "FINISHED")
-    assert 40 <= int(run.data.tags["resumed_from_step"]) < STEPS
-    assert jobs.curve("killed") == pytest.approx(jobs.curve("uninterrupted"), rel=1e-6)
+    assert run.data.tags["resumed_from_step"] == saved
+    assert jobs.curve("stopped") == pytest.approx(jobs.curve("uninterrupted"), rel=1e-6)
+
+
+def test_a_run_in_an_object_store_outlives_its_driver_and_its_node_and_changes_the_number_of_workers(
+    uninterrupted, jobs, episodes, bucket, tmp_path
+):
+    """The driver is killed and what its node held is lost: the store alone is enough."""
+    work = tmp_path / "work"
+    uri = bucket("runs")
+    place = {"storage_path": f"'{uri}'", "work_path": f'"{work}"', "checkpoint.every": 20}
+    job = jobs.submit("stored", episodes, num_workers=1, **place)
+    jobs.wait_for_step("stored", job, 25, folder=work)
+    os.kill(int(jobs.client.get_job_info(job).driver_info.pid), signal.SIGKILL)
+    assert jobs.wait(job) == JobStatus.FAILED
+    shutil.rmtree(work)
+
+    job = jobs.submit("stored", episodes, **place)
+    assert jobs.wait(job) == JobStatus.SUCCEEDED, jobs.client.get_job_logs(job)[-4000:]
+    (folder,) = work.iterdir()
+    run = RunStorage(folder=folder, uri=joined(uri, "stored"))
+    assert jobs.curve("stored", run) == pytest.approx(jobs.curve("uninterrupted"), rel=1e-5)
+    assert jobs.run_of("stored", run).data.tags["resumed_from_step"] == "20"
+    assert jobs.run_of("stored", run).data.metrics.keys() >= {"checkpoint/stall_s", "checkpoint/seconds"}
+    newest = run.newest()
+    assert newest is not None
+    assert newest.name == f"step_{STEPS:09d}"
+    SmolVLAPolicy.from_pretrained(newest / "pretrained_model")
+    models = jobs.mlflow.search_logged_models(
+        [jobs.run_of("stored", run).info.experiment_id], f"name = '{newest.name}'"
+    )
+    assert run.address(newest.name) in {model.params["checkpoint_uri"] for model in models}
+    assert not list(folder.glob("staging/*/*"))
 
 
 def test_a_complete_run_submitted_again_has_nothing_to_do(uninterrupted, jobs, episodes):

@@ -15,11 +15,13 @@ from toys import golden_rows
 
 from pipelines import checkpoint
 from pipelines.engine import Engine
+from pipelines.run_storage import RunStorage
 from smolvla import SmolVLAPolicy
 from smolvla.lora import LoRA
 
 GOLDEN = Path("tests/golden/default").absolute()
 SAVED, STEPS = 2, 4
+LAST = checkpoint.folder_name(STEPS)
 KINDS = {
     "averaged": {"ema_decay": 0.3},
     "adapted": {"ema_decay": 0.3, "lora": LoRA(rank=2, alpha=4.0, train_fully=("action_out_proj",))},
@@ -46,7 +48,9 @@ def engine_of(kind, parallel):
 def saved(engine, folder, step, group):
     at = checkpoint.Progress(step=step, samples_seen=step * TRAIN.batch_size)
     more = {"average": engine.average, "base": str(GOLDEN)}
-    checkpoint.save(folder, engine.policy, engine.optimizer, at=at, identity={}, group=group, **more)()
+    checkpoint.save(
+        RunStorage(folder=folder), engine.policy, engine.optimizer, at=at, identity={}, group=group, **more
+    )()
     dist.barrier()
 
 
@@ -58,14 +62,13 @@ def runs(folder):
         for parallel in ("ddp", "fsdp"):
             engine, rows = engine_of(kind, parallel)
             steps(engine, range(1, SAVED + 1), rows)
-            saved(engine, folder / f"{kind}_{parallel}_middle", SAVED, group)
+            saved(engine, folder / f"{kind}_{parallel}", SAVED, group)
             found[f"{kind}_{parallel}"] = steps(engine, range(SAVED + 1, STEPS + 1), rows)
             saved(engine, folder / f"{kind}_{parallel}", STEPS, group)
         for first, second in WAYS:
             engine, rows = engine_of(kind, second)
-            at = checkpoint.load(
-                folder / f"{kind}_{first}_middle", engine.policy, engine.optimizer, engine.average
-            )
+            middle = folder / f"{kind}_{first}" / checkpoint.folder_name(SAVED)
+            at = checkpoint.load(middle, engine.policy, engine.optimizer, engine.average)
             name = f"{kind}_{first}_{second}"
             found[name] = steps(engine, range(at.step + 1, STEPS + 1), rows)
             saved(engine, folder / name, STEPS, group)
@@ -104,7 +107,7 @@ def test_a_run_that_stopped_ends_where_the_other_does(two_workers, kind, first, 
     exported += ["adapter", "adapter_ema"] if kind == "adapted" else []
     for name in exported:
         file = "adapter_model.safetensors" if name.startswith("adapter") else "model.safetensors"
-        expected, found = (load_file(folder / run / name / file) for run in (through, resumed))
+        expected, found = (load_file(folder / run / LAST / name / file) for run in (through, resumed))
         assert found.keys() == expected.keys()
         for tensor in expected:
             torch.testing.assert_close(found[tensor], expected[tensor], rtol=tolerance, atol=tolerance)
@@ -114,7 +117,7 @@ def test_both_exports_load_and_differ_in_what_trains_only(two_workers):
     folder, _ = two_workers
     for kind, trained in (("averaged", ".action_in_proj."), ("adapted", ".q_proj.")):
         plain, averaged = (
-            dict(SmolVLAPolicy.from_pretrained(folder / f"{kind}_fsdp" / name).named_parameters())
+            dict(SmolVLAPolicy.from_pretrained(folder / f"{kind}_fsdp" / LAST / name).named_parameters())
             for name in ("pretrained_model", "pretrained_model_ema")
         )
         changed = [name for name in plain if not torch.equal(plain[name], averaged[name])]

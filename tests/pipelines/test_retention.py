@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from pipelines.checkpoint import MANIFEST, TRAINING, folder_name
-from pipelines.retention import BEST, FolderStore, Retention, retain
+from pipelines.checkpoint import TRAINING, folder_name
+from pipelines.manifest import MANIFEST
+from pipelines.retention import BEST, Retention, retain
+from pipelines.run_storage import RunStorage
 
 
 def checkpoint_at(folder, step, *, loss=None, complete=True):
@@ -21,7 +23,7 @@ def steps(folder):
 
 
 def retained(folder, sealed, **keep):
-    return retain(FolderStore(folder), Retention(**keep), newest=folder_name(sealed))
+    return retain(RunStorage(folder=folder), Retention(**keep), newest=folder_name(sealed))
 
 
 def best_step(*arguments, **keep):

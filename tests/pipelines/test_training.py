@@ -15,12 +15,13 @@ import torch
 from toys import LENGTHS, FileWriter
 from transformers import TrainingArguments
 
-from pipelines import checkpoint, training
+from pipelines import checkpoint, manifest, training
 from pipelines.dataset import open_dataset
 from pipelines.engine import TrainConfig
 from pipelines.plan import noise_seed
 from pipelines.retention import Retention
 from pipelines.run import Run, trained_datasets
+from pipelines.run_storage import RunStorage
 from pipelines.stream import ROW_IDS, SampleReader, Source, StreamConfig, ToTorch
 from pipelines.training import Cluster
 from pipelines.validation import HeldOut, ValidationConfig, held_out_named, split
@@ -75,7 +76,7 @@ def new_run(folder, toy, **changes):
         writer=FileWriter(folder / "points.jsonl"),
         keep=Retention(newest=2),
     )
-    SmolVLAPolicy(config, allow_random_vlm=True).save_pretrained(run.start_folder, stats=dataset.stats)
+    SmolVLAPolicy(config, allow_random_vlm=True).save_pretrained(run.folder / "start", stats=dataset.stats)
     return run
 
 
@@ -162,7 +163,7 @@ def test_transformers_trainer_gives_the_losses_of_the_ray_loop(uninterrupted, to
             found.append(super().training_step(*inputs, **more).item())
             return torch.tensor(found[-1])
 
-    policy = SmolVLAPolicy.from_pretrained(uninterrupted.start_folder)
+    policy = SmolVLAPolicy.from_pretrained(uninterrupted.folder / "start")
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=1,  # an item is a micro-batch already
@@ -263,12 +264,12 @@ def test_validation_changes_no_training_loss_and_a_replayed_step_no_value(ray_se
 def test_a_finished_checkpoint_is_complete_loadable_and_kept_by_number(uninterrupted, toy):
     folders = sorted(path.name for path in uninterrupted.folder.glob("step_*"))
     assert folders == ["step_000000030", "step_000000040"]
-    newest = checkpoint.latest(uninterrupted.folder)
+    newest = uninterrupted.storage.newest()
     assert newest is not None
     assert newest == uninterrupted.folder / "step_000000040"
     assert checkpoint.progress(newest) == checkpoint.Progress(step=40, samples_seen=320)
     policy = SmolVLAPolicy.from_pretrained(newest / "pretrained_model")
-    start = SmolVLAPolicy.from_pretrained(uninterrupted.start_folder)
+    start = SmolVLAPolicy.from_pretrained(uninterrupted.folder / "start")
     trained = dict(policy.named_parameters())
     for name, before in start.named_parameters():
         assert torch.equal(trained[name], before) != before.requires_grad, name
@@ -285,12 +286,12 @@ def test_a_run_goes_on_from_the_newest_good_checkpoint_with_another_number_of_wo
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert "model.safetensors" in (checkpoint.problem(weights.parents[1]) or "")
+    assert "model.safetensors" in (manifest.problem(weights.parents[1]) or "")
     run = replace(uninterrupted, folder=folder, writer=FileWriter(folder / "points.jsonl"))
     training.fit(run, toy[2], replace(CLUSTER, num_workers=1))
     expected = {step: loss for step, loss in losses(uninterrupted).items() if step > 30}
     assert losses(run) == pytest.approx(expected, rel=1e-5)
-    assert checkpoint.problem(folder / "step_000000040") is None
+    assert manifest.problem(folder / "step_000000040") is None
 
 
 def test_a_checkpoint_holds_the_values_of_the_moment_it_was_begun(toy, tmp_path):
@@ -314,7 +315,9 @@ def test_a_checkpoint_holds_the_values_of_the_moment_it_was_begun(toy, tmp_path)
         at = checkpoint.Progress(step=1, samples_seen=8)
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
-        finish = checkpoint.save(tmp_path / "c", policy, optimizer, at=at, identity={}, group=group)
+        finish = checkpoint.save(
+            RunStorage(folder=tmp_path), policy, optimizer, at=at, identity={}, group=group
+        )
         with torch.no_grad():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -322,9 +325,9 @@ def test_a_checkpoint_holds_the_values_of_the_moment_it_was_begun(toy, tmp_path)
             for state in optimizer.state.values():
                 state["exp_avg"].add_(1)
         finish()
-        loaded = SmolVLAPolicy.from_pretrained(tmp_path / "c/pretrained_model")
+        loaded = SmolVLAPolicy.from_pretrained(tmp_path / "step_000000001/pretrained_model")
         fresh = adamw(loaded, config)
-        assert checkpoint.load(tmp_path / "c", loaded, fresh) == at
+        assert checkpoint.load(tmp_path / "step_000000001", loaded, fresh) == at
     finally:
         dist.destroy_process_group()
     for name, parameter in loaded.named_parameters():
@@ -336,10 +339,10 @@ def test_a_checkpoint_holds_the_values_of_the_moment_it_was_begun(toy, tmp_path)
 
 def test_a_loss_that_is_not_finite_ends_the_run(ray_session, toy, tmp_path):
     run = new_run(tmp_path / "diverged", toy, steps=4, max_skipped_in_a_row=2)
-    policy = SmolVLAPolicy.from_pretrained(run.start_folder)
+    policy = SmolVLAPolicy.from_pretrained(run.folder / "start")
     with torch.no_grad():
         policy.model.action_out_proj.bias.fill_(float("inf"))
-    policy.save_pretrained(run.start_folder)
+    policy.save_pretrained(run.folder / "start")
     import ray.train
 
     with pytest.raises(ray.train.TrainingFailedError, match="2 steps in a row were skipped"):

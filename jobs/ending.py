@@ -1,0 +1,95 @@
+"""However a training job ends, its MLflow run says so; a notice to end is used to save first."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import ray
+import ray.exceptions
+from mlflow.exceptions import MlflowException
+
+from jobs.tracking import TrackedRun
+from pipelines.watch import Wish
+
+LAST_POINTS_S = 1.5  # in which the writer, which ships every second, delivers the last ones of a stopped job
+LOOK_EVERY_S = 0.2
+
+
+@contextlib.contextmanager
+def truthful_end(run: TrackedRun, board: Any) -> Iterator[None]:
+    """Whatever ends the job, the MLflow run says so. SIGKILL alone leaves it RUNNING.
+
+    SIGTERM and SIGINT let the workers save at their next step, for as long as the job is left alive; a second
+    one ends it at once.
+
+    Args:
+        run: the job's.
+        board: handle of the `pipelines.watch.Board` that the workers look at.
+    """
+    stopping = _Stopping(run, board)
+    before = {number: signal.signal(number, stopping.notice) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except BaseException:
+        stopping.hand_over()
+        run.finish("FAILED")
+        raise
+    else:
+        stopping.hand_over()
+        run.finish("FINISHED")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Stopping:
+    """The thread that ends the job after a notice.
+
+    Not the handler, and not by an exception: the signal may come while Ray's own code runs, which can swallow
+    it.
+    """
+
+    def __init__(self, run: TrackedRun, board: Any) -> None:
+        self._run, self._board, self._number = run, board, 0
+        self._noticed, self._workers_ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._end, daemon=True)
+        self._thread.start()
+
+    def notice(self, number: int, _: FrameType | None) -> None:
+        if self._noticed.is_set():
+            os._exit(128 + number)
+        self._number = number
+        self._noticed.set()
+
+    def hand_over(self) -> None:
+        """The workers have ended; if that was wished for, so does this process, here."""
+        self._workers_ended.set()
+        if self._noticed.is_set():
+            self._thread.join()
+
+    def _end(self) -> None:
+        self._noticed.wait()
+        try:
+            with contextlib.suppress(MlflowException):
+                self._run.finish("KILLED")  # first of all: `ray job stop` kills after 3 s by default
+            print("told to stop: saving first", flush=True)
+            step = self._saved_step()
+            print(f"stopped, saved at step {step}; the same command continues the run", flush=True)
+            time.sleep(LAST_POINTS_S)
+        finally:
+            os._exit(128 + self._number)
+
+    def _saved_step(self) -> int:
+        """Have the run saved; returns the step, or the last one saved if the workers ended first."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            before = ray.get(self._board.saved_step.remote())
+            self._board.want.remote(Wish.SAVE_AND_STOP)
+            while not self._workers_ended.wait(LOOK_EVERY_S):
+                if (step := int(ray.get(self._board.saved_step.remote()))) > before:
+                    return step
+        return int(ray.get(self._board.saved_step.remote()))

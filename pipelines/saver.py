@@ -1,0 +1,95 @@
+"""The checkpoints of a running loop: begun by it, finished behind it, one at a time, their cost measured."""
+
+import threading
+import time
+from typing import Any
+
+import ray.train
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from pipelines import checkpoint
+from pipelines.checkpoint import Progress
+from pipelines.engine import Engine
+from pipelines.retention import retain
+from pipelines.run import Run
+from pipelines.run_storage import START
+from pipelines.watch import Watch
+
+
+class Saver:
+    """One worker's side of the run's checkpoints; every worker has one and saves at the same steps."""
+
+    def __init__(self, run: Run, watch: Watch) -> None:
+        self._run, self._watch, self._rank = run, watch, dist.get_rank()
+        # A group of its own: Ray's upload thread talks through it.
+        self._group = dist.new_group(backend="gloo")
+        self._idle = threading.Event()
+        self._idle.set()
+        self._measured: dict[str, float] = {}
+
+    def save(self, engine: Engine, at: Progress, *, loss: float) -> None:
+        """Start a checkpoint; Ray's upload thread completes it and the controller registers it.
+
+        The loop stands still for a copy of the weights, and for the rest of the save before, if that is not
+        finished yet: two at once would need twice the memory.
+        """
+        started = time.perf_counter()
+        self._watch.now(at.step, "saving")
+        self._idle.wait()
+        self._idle.clear()
+        run, name = self._run, checkpoint.folder_name(at.step)
+        finish = checkpoint.save(
+            run.storage,
+            engine.policy,
+            engine.optimizer,
+            at=at,
+            identity=run.identity,
+            group=self._group,
+            average=engine.average,
+            base=run.storage.address(START),
+        )
+
+        def complete(reported: Checkpoint, _: str) -> Checkpoint:
+            try:
+                if self._rank == 0:
+                    run.writer.flush()  # the points of these steps will not be computed again
+                finish()
+                if self._rank == 0:
+                    self._watch.note_saved(at.step)
+                    _retain(run, newest=name)
+                self._measured["checkpoint/seconds"] = time.perf_counter() - started
+            finally:
+                self._idle.set()
+            return reported
+
+        self._report(name, at, loss, complete)
+        self._measured["checkpoint/stall_s"] = time.perf_counter() - started
+
+    def _report(self, name: str, at: Progress, loss: float, complete: Any) -> None:
+        filesystem, root = self._run.storage.place()
+        ray.train.report(
+            {"step": at.step, "samples_seen": at.samples_seen, "train/loss": loss},
+            checkpoint=Checkpoint(f"{root}/{name}", filesystem),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=False,
+            checkpoint_upload_fn=complete,
+        )
+
+    def measured(self) -> dict[str, float]:
+        """What saving cost since the last call."""
+        taken, self._measured = self._measured, {}
+        return taken
+
+
+def _retain(run: Run, *, newest: str) -> None:
+    best = retain(run.storage, run.keep, newest=newest)
+    if best is not None:
+        run.writer.tag(
+            {
+                "best_checkpoint": run.storage.address(best["checkpoint"]),
+                "best_step": str(best["step"]),
+                "best_val_loss": f"{best['val/loss']:.6g}",
+            }
+        )
