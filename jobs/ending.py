@@ -87,7 +87,7 @@ class _Stopping:
     def _saved_step(self) -> int:
         """Have the run saved; returns the step, or the last one saved if the workers ended first."""
         with contextlib.suppress(ray.exceptions.RayError):
-            before = ray.get(self._board.saved_step.remote())
+            before = int(ray.get(self._board.saved_step.remote()))  # pyright: ignore[reportArgumentType] - Ray loses types
             self._board.want.remote(Wish.SAVE_AND_STOP)
             while not self._workers_ended.wait(LOOK_EVERY_S):
                 if (step := int(ray.get(self._board.saved_step.remote()))) > before:

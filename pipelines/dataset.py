@@ -116,7 +116,8 @@ class EpisodeDataset:
     def open_file(self, number: int) -> pq.ParquetFile:
         """A data file, its footer parsed."""
         filesystem, root = filesystem_of(self.uri)
-        return pq.ParquetFile(filesystem.open_input_file(f"{root}/{self.files[number]}"), pre_buffer=True)
+        remote = not isinstance(filesystem, pafs.LocalFileSystem)  # there, few large requests are cheaper
+        return pq.ParquetFile(filesystem.open_input_file(f"{root}/{self.files[number]}"), pre_buffer=remote)
 
     @functools.cached_property
     def groups_of_episode(self) -> Int64:

@@ -5,13 +5,14 @@ import json
 import time
 from collections.abc import Iterator
 
+import ray
 import ray.train
 import torch
 from torch import Tensor
 
 from pipelines.checkpoint import BadRow
 from pipelines.run import Run
-from pipelines.stream import ROW_IDS, ToTorch
+from pipelines.stream import ROW_IDS, STAGE_SECONDS, ToTorch, unpacked
 
 
 class Feed:
@@ -30,19 +31,23 @@ class Feed:
     def __init__(self, run: Run, *, rank: int, num_workers: int, device: torch.device) -> None:
         shard = ray.train.get_dataset_shard("train")
         assert shard is not None
-        batches = shard.iter_torch_batches(
+        self._to_torch = ToTorch()
+        blocks = shard.iter_torch_batches(
             batch_size=None,
             prefetch_batches=2,
-            collate_fn=ToTorch(),
+            collate_fn=self._to_torch,
             device="cpu",
             pin_memory=device.type == "cuda",
         )
-        self._batches: Iterator[dict[str, Tensor]] = iter(batches)
+        self._batches: Iterator[dict[str, Tensor]] = unpacked(blocks, run.train.micro_batch)
         # The first batch says where the controller built the dataset to start: its word counts, for all
         # workers.
         self._first: dict[str, Tensor] | None = next(self._batches)
         self._run, self._num_workers, self.device = run, num_workers, device
         self.waited_s = 0.0
+        self.rows_taken = 0
+        self.stage_s = torch.zeros(2)
+        """Seconds that tasks took to read and to decode these rows."""
         self._next = int(self._first["micro_batch"][0])
         self.samples_seen = (self._next - rank) * run.train.micro_batch
         self.rows: dict[int, list[dict[str, list[int]]]] = {}
@@ -67,8 +72,11 @@ class Feed:
         assert batch is not None, f"the stream ended before step {step}"
         numbers = batch["micro_batch"]
         assert bool((numbers == index).all()), f"expected micro-batch {index}, got {numbers.tolist()}"
+        self.rows_taken += len(numbers)
+        self.stage_s += batch[STAGE_SECONDS].sum(dim=0)
         self._note(step, {name: batch[name].tolist() for name in ROW_IDS})
-        tensors = {n: t.to(self.device, non_blocking=True) for n, t in batch.items() if n not in ROW_IDS}
+        columns = {n: t for n, t in batch.items() if n not in (*ROW_IDS, STAGE_SECONDS)}
+        tensors = {n: t.to(self.device, non_blocking=True) for n, t in columns.items()}
         return index, tensors
 
     def _note(self, step: int, ids: dict[str, list[int]]) -> None:
@@ -78,6 +86,16 @@ class Feed:
         if self._rows_path is not None:
             with self._rows_path.open("a") as stream:
                 stream.write(json.dumps({"step": step} | ids) + "\n")
+
+    @property
+    def unpacked_s(self) -> float:
+        """Seconds that this worker took to make tensors of what had arrived."""
+        return self._to_torch.busy_s
+
+    def decoding_cpus(self) -> float:
+        """CPUs of the cluster that training does not take."""
+        mine = ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0)
+        return max(ray.cluster_resources().get("CPU", 0.0) - mine * self._num_workers, 1.0)
 
     def forget_rows(self) -> None:
         """Drop the ids of past steps."""

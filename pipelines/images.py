@@ -20,11 +20,20 @@ def fitted_size(height: int, width: int, *, box: tuple[int, int]) -> tuple[int, 
     return max(int(height / ratio), 1), max(int(width / ratio), 1)
 
 
-def shrunk(frame: np.ndarray, *, size: tuple[int, int]) -> np.ndarray:
-    """Resize (H, W, 3) to size (height, width), bilinear without antialiasing: what the model would do."""
+def shrunk(frame: np.ndarray, *, size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
+    """Resize (H, W, 3) to size (height, width), bilinear without antialiasing: what the model would do.
+
+    Args:
+        frame: the pixels.
+        size: (height, width).
+        out: where the result goes, if it is to lie in a larger array.
+    """
     if frame.shape[:2] == size:
-        return frame
-    return cv2.resize(frame, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+        if out is None:
+            return frame
+        out[...] = frame
+        return out
+    return cv2.resize(frame, (size[1], size[0]), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
 def encoded_image(image: np.ndarray, *, image_format: str, jpeg_quality: int) -> bytes:

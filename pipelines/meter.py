@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,9 @@ from pipelines.checkpoint import BadRow, Progress
 from pipelines.engine import StepResult
 from pipelines.feed import Feed
 from pipelines.run import Run
+from pipelines.starvation import WAIT_SHARE, Flow, StarvationLog
+
+log = logging.getLogger(__name__)
 
 
 class Meter:
@@ -26,6 +30,7 @@ class Meter:
         self.bad_rows = set(at.bad_rows)
         """Those of all workers; the same on each."""
         self._skipped_in_a_row = 0
+        self._starvation = StarvationLog()
         # A group of its own: checkpoints are written by another thread, through theirs.
         self._group = dist.new_group(backend="gloo")
         self._restart()
@@ -34,7 +39,9 @@ class Meter:
     def _restart(self) -> None:
         self._before = torch.empty(0, 3)  # of the interval, what was computed before an interruption
         self._results: dict[int, StepResult] = {}
-        self._started, self._waited = time.perf_counter(), self._feed.waited_s
+        feed = self._feed
+        self._started, self._waited, self._unpacked = time.perf_counter(), feed.waited_s, feed.unpacked_s
+        self._rows_taken, self._stage_s = feed.rows_taken, feed.stage_s.clone()
         self._feed.forget_rows()
 
     @contextlib.contextmanager
@@ -79,12 +86,30 @@ class Meter:
             values |= {"train/loss": self.last_loss, "train/grad_norm": norm}
         values |= self._exchange()
         values["data/bad_rows"] = float(len(self.bad_rows))
+        values |= self._data_stages(seconds, values)
         if self._rank == 0:
             self._run.writer.log(step, {**values, **measured()})
         self._look_at_skips(found[len(self._before) :])
         if len(self.bad_rows) > self._run.max_bad_rows:
             raise BadRowsError(self._run, self.bad_rows)
         self._restart()
+
+    def _data_stages(self, seconds: float, values: Mapping[str, float]) -> dict[str, float]:
+        """What the stream's stages cost a row; rank 0 says which is the bottleneck if data was waited for."""
+        feed = self._feed
+        read_s, decode_s = ((feed.stage_s - self._stage_s) / (feed.rows_taken - self._rows_taken)).tolist()
+        if self._rank == 0 and values["data/wait_share"] > WAIT_SHARE:
+            flow = Flow(
+                wait_share=values["data/wait_share"],
+                rows_per_s=values["data/samples_per_s"],
+                read_s=read_s,
+                decode_s=decode_s,
+                unpack_share=(feed.unpacked_s - self._unpacked) / seconds,
+                cpus=feed.decoding_cpus(),
+            )
+            if line := self._starvation.line(flow):
+                log.warning(line)
+        return {"data/read_s_per_row": read_s, "data/decode_s_per_row": decode_s}
 
     def _found(self) -> Tensor:
         """(steps of the interval, 3): loss, gradient norm, skipped."""

@@ -10,9 +10,11 @@ Shape letters: b micro-batch, H chunk, A action width, S state width, L tokens, 
 """
 
 import functools
-import itertools
+import math
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -23,13 +25,14 @@ import pyarrow.parquet as pq
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.data import DataContext, Dataset, Datasource
+from ray.data import DataContext, DataIterator, Dataset, Datasource, ExecutionOptions, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 from ray.data.collate_fn import NumpyBatchCollateFn
 from ray.data.datasource import ReadTask
+from ray.train import DataConfig
 
 from pipelines.augmentation import AugmentationConfig, augmented, draws
-from pipelines.dataset import EpisodeDataset, RowGroups
+from pipelines.dataset import EpisodeDataset
 from pipelines.images import decoded_image, fitted_size, shrunk
 from pipelines.plan import Plan, Rows
 from pipelines.windows import Int64, frame_steps
@@ -39,8 +42,14 @@ from smolvla.processing import PADDING_MASK
 
 Batch = dict[str, NDArray[Any]]
 
+BLOCK_BYTES = 32 * 2**20  # of decoded rows; a block costs Ray some 10 ms of CPU whatever is in it
+READ_TASKS = 4
+"""Mixing groups read at once; they count as no CPUs: one that waits must not keep a CPU from decoding."""
+READ_THREADS = 16  # files that a task reads at once: object stores take a tenth of a second to answer
 OPEN_FILES = 64  # Parquet footers a worker process keeps parsed; about 100 kB each
 ROW_IDS = ("micro_batch", "source", "epoch", "episode_index", "frame_index", "bad_cameras")
+NUM_WORKERS = "smolvla.num_workers"  # in the dataset's context, which travels with its tasks
+STAGE_SECONDS = "stage_seconds"  # of each row: (b, 2), what a task took to read it and to decode it
 TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
 
 
@@ -153,25 +162,28 @@ class SampleReader:
 
     def encoded(self, group: int, *, first: int = 0) -> Iterator[pa.Table]:
         """The micro-batches of a mixing group from its `first` one on, images still compressed."""
+        per_group = self.plan.batches_per_group
+        numbers = range(group * per_group + first, (group + 1) * per_group)
+        return self.encoded_blocks(group, [[number] for number in numbers])
+
+    def encoded_blocks(self, group: int, blocks: Sequence[Sequence[int]]) -> Iterator[pa.Table]:
+        """For each block the rows of its micro-batches, all of one mixing group, images still compressed."""
         b, per_group = self.config.micro_batch, self.plan.batches_per_group
-        rows = self.plan.mixing_group(group)[slice(first * b, None)]
-        table = self.encoded_rows(rows)
-        for place in range(first, per_group):
-            batch = table.slice((place - first) * b, b)
-            number = np.full(b, group * per_group + place, dtype=np.int64)
-            yield batch.append_column("micro_batch", pa.array(number)).combine_chunks()
+        numbers = np.concatenate([np.array(block, dtype=np.int64) for block in blocks])
+        places = (numbers - group * per_group)[:, None] * b + np.arange(b)
+        table = self.encoded_rows(self.plan.mixing_group(group)[places.reshape(-1)])
+        table = table.append_column("micro_batch", pa.array(np.repeat(numbers, b)))
+        ends = np.cumsum([len(block) * b for block in blocks])
+        for block, end in zip(blocks, ends.tolist(), strict=True):
+            yield table.slice(end - len(block) * b, len(block) * b)
 
     def encoded_rows(self, rows: Rows) -> pa.Table:
         """Rows in the order given: read unit by unit, then put in order."""
         keys = np.stack([rows.source, rows.row_group], axis=1)
         units, unit_of_row = np.unique(keys, axis=0, return_inverse=True)
-        tables, starts, total = [], [], 0
-        for source, unit in units.tolist():
-            table = self._unit(source, unit)
-            tables.append(table)
-            starts.append(total)
-            total += len(table)
-        place = np.array(starts)[unit_of_row.reshape(-1)] + rows.offset
+        tables = self._units([(source, unit) for source, unit in units.tolist()])
+        starts = np.cumsum([0] + [len(table) for table in tables])[:-1]
+        place = starts[unit_of_row.reshape(-1)] + rows.offset
         table = pa.concat_tables(tables).combine_chunks().take(pa.array(place))
         return table.append_column("source", pa.array(rows.source)).append_column(
             "epoch", pa.array(rows.epoch)
@@ -181,6 +193,21 @@ class SampleReader:
         """(count,): frames of a dataset between a moment and the policy's frames after it."""
         fps = self.sources[source].dataset.fps
         return frame_steps(count, data_fps=fps, policy_fps=self.fps or fps)
+
+    def _units(self, units: Sequence[tuple[int, int]]) -> list[pa.Table]:
+        """The rows of (source, unit) each, several files at a time."""
+        by_file: dict[tuple[int, int], list[int]] = {}
+        for place, (source, unit) in enumerate(units):
+            file = int(self.sources[source].dataset.row_groups.file[unit])
+            by_file.setdefault((source, file), []).append(place)
+
+        def read(places: list[int]) -> list[tuple[int, pa.Table]]:
+            return [(place, self._unit(*units[place])) for place in places]
+
+        remote = any("://" in self.sources[source].dataset.uri for source, _ in by_file)
+        with ThreadPoolExecutor(READ_THREADS if remote else 1) as pool:  # one a file: its reader is for one
+            found = dict(pair for pairs in pool.map(read, by_file.values()) for pair in pairs)
+        return [found[place] for place in range(len(units))]
 
     def _unit(self, source: int, unit: int) -> pa.Table:
         """All rows of one row group, with what they need of the frames before and behind it."""
@@ -244,8 +271,10 @@ class SampleReader:
         start, end = (int(place) for place in dataset.groups_of_episode[episode : episode + 2])
         low, high = np.searchsorted(groups.first_frame[start:end], [first, last], side="right") + start
         units = range(int(low) - 1, int(high))
-        parts = [_slice(file.read_row_group(int(groups.group[i]), columns=columns), groups, i) for i in units]
-        return pa.concat_tables(parts), int(groups.first_frame[units[0]])
+        window = slice(units.start, units.stop)  # an episode's frames stand one after the other in its file
+        table = file.read_row_groups(groups.group[window].tolist(), columns=columns, use_threads=False)
+        table = table.slice(int(groups.skip[units.start]), int(groups.rows[window].sum()))
+        return table, int(groups.first_frame[units.start])
 
     @functools.cached_property
     def _file(self) -> Callable[[int, int], pq.ParquetFile]:
@@ -278,36 +307,40 @@ class SampleReader:
             out[TOKEN_MASK][mine, :tokens] = source.token_mask[task[mine]]
         out["bad_cameras"] = np.zeros(b, dtype=np.int64)
         for number, camera in enumerate(self.camera_names):
-            height, width = self.image_size(camera)
-            images = np.zeros((b * n, height, width, 3), dtype=np.uint8)
-            encoded = batch[camera].combine_chunks().flatten() if n > 1 else batch[camera]
-            fits = [self._fits.get((source, camera)) for source in out["source"].tolist()]
             if camera in self.cameras_that_some_lack:
-                out[PADDING_MASK.format(camera)] = np.array([fit is not None for fit in fits])
-            augment = self._augmentation(out, number)
-            for i, stored in enumerate(encoded):
-                fit = fits[i // n]
-                if fit is None:
-                    continue
-                image = _image(stored.as_py(), fit)
-                if image is None:
-                    out["bad_cameras"][i // n] |= 1 << number
-                else:
-                    image = augment(image, i // n) if augment else image
-                    images[i, height - fit.scaled[0] :, width - fit.scaled[1] :] = image
-            out[camera] = images.reshape(b, n, height, width, 3) if n > 1 else images
+                has = [(source, camera) in self._fits for source in out["source"].tolist()]
+                out[PADDING_MASK.format(camera)] = np.array(has)
+            self._add_images(out, batch[camera], number=number)
         # Nothing is learned from a row that nobody can see.
         out["action_is_pad"] = out["action_is_pad"] | (out["bad_cameras"] != 0)[:, None]
         return out
 
+    def _add_images(self, out: Batch, column: pa.ChunkedArray, *, number: int) -> None:
+        """Add the images of camera `number` to `out`, and to its `bad_cameras` where there should be one."""
+        b, n, camera = len(column), self.num_observations, self.camera_names[number]
+        height, width = self.image_size(camera)
+        images = np.zeros((b * n, height, width, 3), dtype=np.uint8)
+        fits = [self._fits.get((source, camera)) for source in out["source"].tolist()]
+        augment = self._augmentation(out, number)
+        for i, stored in enumerate(column.combine_chunks().flatten() if n > 1 else column):
+            fit = fits[i // n]
+            if fit is None:
+                continue
+            place = images[i, height - fit.scaled[0] :, width - fit.scaled[1] :]
+            if not _decoded_into(place, stored.as_py(), fit):
+                out["bad_cameras"][i // n] |= 1 << number
+            elif augment:
+                place[...] = augment(place, i // n)
+        out[camera] = images.reshape(b, n, height, width, 3) if n > 1 else images
+
     def _augmentation(self, batch: Batch, camera: int) -> Callable[[Any, int], Any] | None:
-        """(image, row of the micro-batch) -> image; the moments of a history are treated alike."""
+        """(image, row) -> image; the batch holds whole micro-batches, and a history is treated alike."""
         config = self.augmentation
         if config is None or not config.is_on or "micro_batch" not in batch:
             return None
-        number, seed = int(batch["micro_batch"][0]), self.config.seed
+        numbers, b, seed = batch["micro_batch"], self.config.micro_batch, self.config.seed
         return lambda image, row: augmented(
-            image, config, draws(seed, micro_batch=number, row=row, camera=camera)
+            image, config, draws(seed, micro_batch=int(numbers[row]), row=row % b, camera=camera)
         )
 
     def image_size(self, camera: str) -> tuple[int, int]:
@@ -320,6 +353,12 @@ class SampleReader:
             return sizes.pop()
         assert self.image_box is not None
         return self.image_box[1], self.image_box[0]
+
+    @property
+    def batches_per_block(self) -> int:
+        """Micro-batches of one worker that travel together."""
+        pixels = sum(math.prod(self.image_size(camera)) for camera in self.camera_names)
+        return max(BLOCK_BYTES // (3 * pixels * self.num_observations * self.config.micro_batch), 1)
 
     def _shrunk_size(self, stored: tuple[int, int]) -> tuple[int, int]:
         if self.image_box is None:
@@ -351,21 +390,17 @@ class SampleReader:
         return fits
 
 
-def _image(encoded: bytes | None, fit: Fit) -> NDArray[np.uint8] | None:
-    """One decoded image (h, w, 3) RGB; None if it cannot be decoded, or has not the declared size.
+def _decoded_into(place: NDArray[np.uint8], encoded: bytes | None, fit: Fit) -> bool:
+    """Fill (h, w, 3) RGB; False if the image cannot be decoded, or has not the declared size.
 
     Resizing is bilinear without antialiasing, as in the reference; it differs from the reference's float
     arithmetic by rounding to whole levels.
     """
     image = decoded_image(encoded)
     if image is None or image.shape[:2] != fit.stored:
-        return None
-    return shrunk(np.asarray(image, dtype=np.uint8), size=fit.scaled)
-
-
-def _slice(table: pa.Table, groups: RowGroups, unit: int) -> pa.Table:
-    """The unit's rows of its row group."""
-    return table.slice(int(groups.skip[unit]), int(groups.rows[unit]))
+        return False
+    shrunk(np.asarray(image, dtype=np.uint8), size=fit.scaled, out=place)
+    return True
 
 
 def _vectors(column: pa.ChunkedArray) -> NDArray[Any]:
@@ -375,16 +410,15 @@ def _vectors(column: pa.ChunkedArray) -> NDArray[Any]:
     return flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 
-class PlannedDatasource(Datasource):
-    """Read tasks for the micro-batches [start, stop) of a plan, one task a mixing group."""
+class SpanDatasource(Datasource):
+    """The numbers of the micro-batches [start, stop), one row a mixing group, made while they are asked for.
 
-    def __init__(
-        self, reader: "ray.ObjectRef[SampleReader]", config: StreamConfig, *, start: int, stop: int
-    ) -> None:
+    A read task for each mixing group would cost the start of a long run minutes.
+    """
+
+    def __init__(self, batches_per_group: int, *, start: int, stop: int) -> None:
         super().__init__()
-        self._reader = reader
-        self._per_group, self._rows = config.mixing_rows // config.micro_batch, config.micro_batch
-        self._start, self._stop = start, stop
+        self._per_group, self._start, self._stop = batches_per_group, start, stop
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -392,16 +426,15 @@ class PlannedDatasource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        tasks = []
-        for group in range(self._start // self._per_group, -(-self._stop // self._per_group)):
-            first = max(self._start - group * self._per_group, 0)
-            last = min(self._stop - group * self._per_group, self._per_group)
-            metadata = BlockMetadata(
-                num_rows=(last - first) * self._rows, size_bytes=None, input_files=None, exec_stats=None
-            )
-            read = functools.partial(_read, self._reader, group, first, last)
-            tasks.append(ReadTask(read, metadata, per_task_row_limit=per_task_row_limit))
-        return tasks
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        read = functools.partial(_spans, self._per_group, self._start, self._stop)
+        return [ReadTask(read, metadata, per_task_row_limit=per_task_row_limit)]
+
+
+def _spans(per_group: int, start: int, stop: int) -> Iterator[pa.Table]:
+    for group in range(start // per_group, -(-stop // per_group)):
+        first, last = max(start, group * per_group), min(stop, (group + 1) * per_group)
+        yield pa.table({"group": [group], "first": [first], "last": [last]})
 
 
 @functools.lru_cache(maxsize=4)
@@ -411,12 +444,24 @@ def _local(reader: "ray.ObjectRef[SampleReader]") -> SampleReader:
     return ray.get(reader)
 
 
-def _read(reader: "ray.ObjectRef[SampleReader]", group: int, first: int, last: int) -> Iterator[pa.Table]:
-    return itertools.islice(_local(reader).encoded(group, first=first), last - first)
+def shares(first: int, last: int, *, start: int, num_workers: int, size: int) -> Iterator[list[int]]:
+    """Deal the micro-batches [first, last) to workers: worker r takes those with (m - start) % W == r.
+
+    The lists, of at most `size`, come in rounds, one for each worker in turn: list i belongs to worker i % W.
+    Some are empty where there are fewer micro-batches than workers.
+    """
+    dealt = [range(first + (start + r - first) % num_workers, last, num_workers) for r in range(num_workers)]
+    rounds = -(-max(map(len, dealt)) // size)
+    for i in range(rounds):
+        for mine in dealt:
+            yield list(mine[i * len(mine) // rounds : (i + 1) * len(mine) // rounds])
 
 
 def micro_batches(reader: SampleReader, *, start: int, stop: int) -> Dataset:
-    """The micro-batches [start, stop) as a Ray dataset, one block each, in order.
+    """The micro-batches [start, stop) as a Ray dataset: a block each, or after `deal` several a block.
+
+    A block is one row, so that nothing on the way cuts or joins it; `ToTorch` takes its rows out. With the
+    execution option `preserve_order` Ray hands block i to worker i % W.
 
     Args:
         reader: what to read and how.
@@ -424,26 +469,98 @@ def micro_batches(reader: SampleReader, *, start: int, stop: int) -> Dataset:
         stop: one past the last.
     """
     ref = ray.put(reader)  # once, however many tasks there are
+    b, size = reader.config.micro_batch, reader.batches_per_block
 
-    def decode(batch: pa.Table) -> Batch:
-        return _local(ref).decoded(batch)
+    def read(span: pa.Table) -> Iterator[pa.Table]:
+        group, first, last = (span[name][0].as_py() for name in ("group", "first", "last"))
+        blocks = [[m] for m in range(first, last)]
+        if num_workers := DataContext.get_current().get_config(NUM_WORKERS):
+            blocks = list(shares(first, last, start=start, num_workers=num_workers, size=size))
+        started, read_s = time.perf_counter(), 0.0
+        for i, encoded in enumerate(_local(ref).encoded_blocks(group, blocks)):
+            if i == 0:  # all were read for the first
+                read_s = (time.perf_counter() - started) / ((last - first) * b)
+            yield pa.table({"rows": _packed(encoded), "read_s": [read_s]})
 
-    b = reader.config.micro_batch
-    # override_num_blocks=1 keeps Ray from splitting blocks; the number of read tasks stays ours.
-    rows = ray.data.read_datasource(
-        PlannedDatasource(ref, reader.config, start=start, stop=stop), override_num_blocks=1
+    def decode(block: pa.Table) -> Batch:
+        started = time.perf_counter()
+        with pa.ipc.open_stream(block["rows"][0].as_buffer()) as stream:
+            rows = stream.read_all()
+        if not len(rows):
+            return {"micro_batch": np.empty((1, 0), dtype=np.int64)}
+        batch = _local(ref).decoded(rows)
+        seconds = [block["read_s"][0].as_py(), (time.perf_counter() - started) / len(rows)]
+        batch[STAGE_SECONDS] = np.tile(np.array(seconds, dtype=np.float32), (len(rows), 1))
+        return {name: values[None] for name, values in batch.items()}
+
+    spans = ray.data.read_datasource(
+        SpanDatasource(reader.config.mixing_rows // b, start=start, stop=stop),
+        override_num_blocks=1,
+        num_cpus=0,
     )
-    batches = rows.map_batches(decode, batch_size=b, batch_format="pyarrow")
-    return batches.repartition(target_num_rows_per_block=b, strict=True)
+    settings: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+    encoded = spans.map_batches(read, num_cpus=0, compute=TaskPoolStrategy(READ_TASKS), **settings)
+    blocks = encoded.map_batches(decode, num_cpus=1, **settings)
+    blocks.context.target_max_block_size = 1  # any row is larger, so each becomes a block at once
+    return blocks
+
+
+def deal(dataset: Dataset, *, num_workers: int) -> None:
+    """Let blocks of `micro_batches` hold several of one worker's; `unpacked` takes them out.
+
+    Worker r of W has the m with (m - start) % W == r.
+    """
+    dataset.context.set_config(NUM_WORKERS, num_workers)
+
+
+class DealtToWorkers(DataConfig):
+    """Ray Train's split of the stream: in order, and dealt to as many workers as there are at this start."""
+
+    def __init__(self) -> None:
+        super().__init__(execution_options=ExecutionOptions(preserve_order=True))
+
+    def configure(
+        self, datasets: dict[str, Dataset], world_size: int, *args: Any, **kwargs: Any
+    ) -> list[dict[str, DataIterator]]:
+        for dataset in datasets.values():
+            deal(dataset, num_workers=world_size)
+        return super().configure(datasets, world_size, *args, **kwargs)
+
+
+def _packed(table: pa.Table) -> pa.Array:
+    """A table as one value."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    data = sink.getvalue()
+    offsets = pa.py_buffer(np.array([0, data.size], dtype=np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
 
 
 class ToTorch(NumpyBatchCollateFn):
-    """A block -> tensors that share its memory; images become (b, 3, h, w) or (b, n, 3, h, w) views."""
+    """A batch or a block of them -> tensors that share its memory; images become (.., 3, h, w) views."""
+
+    def __init__(self) -> None:
+        self.busy_s = 0.0
 
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+        started = time.perf_counter()
+        if "micro_batch" in batch and batch["micro_batch"].ndim == 2:
+            batch = {name: values[0] for name, values in batch.items()}  # a block is one row
         with warnings.catch_warnings():
             # The blocks lie read-only in the object store, and nothing here writes to them.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
         # (..., h, w, 3) -> (..., 3, h, w)
-        return {name: t.movedim(-1, -3) if t.dim() > 3 else t for name, t in tensors.items()}
+        tensors = {name: t.movedim(-1, -3) if t.dim() > 3 else t for name, t in tensors.items()}
+        self.busy_s += time.perf_counter() - started
+        return tensors
+
+
+def unpacked(
+    blocks: Iterable[dict[str, torch.Tensor]], micro_batch: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The micro-batches of blocks, as views."""
+    for block in blocks:
+        for first in range(0, len(block["micro_batch"]), micro_batch):
+            yield {name: rows[first : first + micro_batch] for name, rows in block.items()}

@@ -14,10 +14,9 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.data import Dataset, ExecutionOptions
+from ray.data import Dataset
 from ray.train import (
     CheckpointConfig,
-    DataConfig,
     FailureConfig,
     Result,
     RunConfig,
@@ -34,7 +33,7 @@ from pipelines.meter import Meter
 from pipelines.run import Run
 from pipelines.run_storage import START, RunStorage
 from pipelines.saver import Saver
-from pipelines.stream import SampleReader, micro_batches
+from pipelines.stream import DealtToWorkers, SampleReader, micro_batches
 from pipelines.validation import Validation
 from pipelines.watch import IN_STEP, WAITING, Agreement, Watch, Wish, start_board
 
@@ -88,7 +87,7 @@ def fit(
         ),
         torch_config=TorchConfig(timeout_s=int(run.collective_timeout_s)),
         datasets={"train": _dataset_at_position(run, reader, cluster)},
-        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+        dataset_config=DealtToWorkers(),
     )
     return trainer.fit()
 
@@ -107,8 +106,8 @@ def _dataset_at_position(run: Run, reader: SampleReader, cluster: Cluster) -> Ca
     def build() -> Dataset:
         ray.get(run.board.begin.remote())
         start = position(run.storage).samples_seen // run.train.micro_batch
-        # Ray cuts the last blocks up so that all workers get the same number of rows, which nobody may need.
-        stop = run.train.steps * run.train.micro_batches + 2 * most
+        # One more for each worker, whose first one says where the stream starts: also when no step is left.
+        stop = run.train.steps * run.train.micro_batches + most
         return micro_batches(reader, start=start, stop=stop)
 
     return build

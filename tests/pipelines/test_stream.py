@@ -6,11 +6,22 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from toys import LENGTHS, TASKS, with_cut_image
 
 from pipelines.dataset import open_dataset
-from pipelines.stream import SampleReader, Source, StreamConfig, ToTorch, micro_batches
+from pipelines.stream import (
+    SampleReader,
+    Source,
+    StreamConfig,
+    ToTorch,
+    deal,
+    micro_batches,
+    shares,
+    unpacked,
+)
 from smolvla.data_utils import Normalizer, tokenize_tasks
 
 H = 10
@@ -66,6 +77,13 @@ def test_a_dataset_of_others_gives_the_same_rows_whatever_its_row_groups(reader,
     for key, row in everything[0].items():
         for name, values in row.items():
             np.testing.assert_array_equal(values, everything[1][key][name], err_msg=f"{key} {name}")
+
+
+def test_a_uri_is_read_by_several_threads_and_gives_the_same_rows(reader, episodes):
+    source = replace(reader.sources[0], dataset=open_dataset(episodes.as_uri()))
+    theirs = SampleReader([source], reader.config, H, (28, 28))
+    for ours, found in zip(reader.encoded(1), theirs.encoded(1), strict=True):
+        assert found.equals(ours)
 
 
 def test_renamed_cameras_carry_the_pixels_of_their_columns_even_when_names_are_swapped(reader):
@@ -162,8 +180,10 @@ def test_ray_gives_worker_r_the_micro_batches_of_the_plan_from_any_position(read
         for encoded in reader.encoded(group):
             batch = reader.decoded(encoded)
             expected[int(batch["micro_batch"][0])] = batch
-    for workers, start in ((1, 0), (2, 6), (3, 3)):
+    for workers, start, dealt in ((2, 6, False), (1, 0, True), (2, 5, True), (3, 3, True)):
         dataset = micro_batches(reader, start=start, stop=start + 6)
+        if dealt:
+            deal(dataset, num_workers=workers)
         dataset.context.execution_options.preserve_order = True
         task = ray_session.remote(num_cpus=0)(consumed)
         shares = ray_session.get(
@@ -178,8 +198,8 @@ def test_ray_gives_worker_r_the_micro_batches_of_the_plan_from_any_position(read
 
 def consumed(split):
     """What a worker sees of its share."""
-    batches = split.iter_torch_batches(batch_size=None, collate_fn=ToTorch(), device="cpu")
-    return [{name: tensor.numpy().copy() for name, tensor in batch.items()} for batch in batches]
+    blocks = split.iter_torch_batches(batch_size=None, collate_fn=ToTorch(), device="cpu")
+    return [{name: tensor.numpy().copy() for name, tensor in batch.items()} for batch in unpacked(blocks, 8)]
 
 
 def assert_same_batch(found, expected, cameras):
@@ -217,3 +237,22 @@ def test_a_dataset_that_cannot_be_used_is_refused_with_file_and_field(
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no meta/info\.json"):
         open_dataset(str(tmp_path))
+
+
+@given(
+    start=st.integers(0, 200),
+    group=st.integers(0, 3),
+    count=st.integers(1, 60),
+    num_workers=st.integers(1, 9),
+    size=st.integers(1, 12),
+)
+def test_blocks_are_dealt_in_turn_and_hold_each_workers_micro_batches_in_order(
+    start, group, count, num_workers, size
+):
+    first = start + group * count
+    lists = list(shares(first, first + count, start=start, num_workers=num_workers, size=size))
+    assert len(lists) % num_workers == 0
+    assert max(map(len, lists)) <= size
+    for rank in range(num_workers):
+        mine = [m for numbers in lists[rank::num_workers] for m in numbers]
+        assert mine == [m for m in range(first, first + count) if (m - start) % num_workers == rank]

@@ -1,0 +1,475 @@
+"""What the stream costs beside bare decoding, a DataLoader and random access into videos, and what it gives.
+
+python benchmarks/stream.py [--quick] [--source <LeRobot v3.0 dataset with videos>]
+
+Sides take turns, the median of their rounds counts, and nothing else should run: the ratios named *_cpu, of
+CPU seconds of all processes of a side, suffer least when something does. The last line is one JSON object:
+
+per_core_efficiency     rows a CPU second of the stream (Ray's own processes and the consumer included) over
+                        those of a bare loop in one process that reads the same rows, decodes and shrinks.
+vs_dataloader           rows a second over those of a torch DataLoader with 2 workers over the same files: a
+                        shuffled row group an item, the same windows, decoding, shrinking and normalising.
+vs_random_video         rows a second over those of a map-style DataLoader with 2 workers over the source's
+                        mp4 files: shuffled frames, open file kept, seek and decode for each.
+distinct_episode_ratio  distinct episodes in batches of 64 at the default settings over those of a shuffle of
+                        everything; 200 episodes of 250 frames, row groups of 16.
+wait_share              part of its time that a consumer waits whose step is throttled to 1/1.3 of the
+                        stream's measured rows a second.
+first_batch_s           from building the stream of a dataset of 10,000 files to the first batch, Ray running.
+store_peak_mb           most bytes in the object store at any time, beside store_bound_mb; spilled_mb.
+plan_reach_s, plan_mb   to reach a far micro-batch of a plan over 10^8 rows in 10^6 row groups.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import resource
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import psutil
+import torch
+from episode_data import write_dataset
+from ingest import pictures
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as MapDataset
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+import ray  # noqa: E402
+from ray.data import ExecutionOptions  # noqa: E402
+
+from pipelines import output, sealing, writer  # noqa: E402
+from pipelines.dataset import open_dataset  # noqa: E402
+from pipelines.images import decoded_image, shrunk  # noqa: E402
+from pipelines.plan import Plan, Rows  # noqa: E402
+from pipelines.sources.lerobot import LeRobotSource  # noqa: E402
+from pipelines.stream import (  # noqa: E402
+    SampleReader,
+    Source,
+    StreamConfig,
+    ToTorch,
+    deal,
+    micro_batches,
+    unpacked,
+)
+from smolvla.data_utils import Normalizer, tokenize_tasks  # noqa: E402
+
+CORES = 2
+SIZE, BOX = (480, 640), (512, 512)
+STORE_BYTES = 2 * 10**9
+WARM_ROWS = 1024  # a mixing group; processes start and import meanwhile
+CHUNK = 50
+Loader = Callable[[], Iterator[int]]
+"""Starts a side; each item is the number of rows of a batch."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rows; within five minutes on two cores")
+    parser.add_argument("--source", default=str(ROOT.parent / "shared/data/lerobot_v30_franka"))
+    parser.add_argument("--only", nargs="*", help="parts: plan, shuffle, shards, rates, video, starvation")
+    flags = parser.parse_args(arguments)
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="stream-benchmark-") as folder:
+        results = measure(Path(folder), quick=flags.quick, source=flags.source, only=flags.only)
+    print(json.dumps({name: round(value, 4) for name, value in results.items()}))
+
+
+def measure(folder: Path, *, quick: bool, source: str, only: list[str] | None) -> dict[str, float]:
+    parts: dict[str, Callable[[], dict[str, float]]] = {
+        "plan": plan_cost,
+        "shuffle": shuffle_quality,
+        "shards": lambda: many_shards(folder, shards=10_000),
+        "rates": lambda: rates(generated(folder), rounds=2 if quick else 5, rows=3072 if quick else 8192),
+        "video": lambda: video(source, folder, rows=1024 if quick else 4096),
+        "starvation": lambda: starvation(generated(folder), seconds=30 if quick else 90),
+    }
+    results: dict[str, float] = {}
+    for name in only or parts:
+        load = os.getloadavg()[0]
+        started = time.perf_counter()
+        found = parts[name]()
+        print(f"{name}: {time.perf_counter() - started:.0f} s, load before {load:.1f}", flush=True)
+        for key, value in found.items():
+            print(f"    {key:28} {value:.4g}", flush=True)
+        results |= found
+    ray.shutdown()
+    return results
+
+
+# --- the plan alone ---
+
+
+def plan_cost() -> dict[str, float]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan = Plan([np.full(10**6, 100)], seed=0, micro_batch=8, mixing_rows=1024)
+    started = time.perf_counter()
+    plan.micro_batch_rows(10**10)
+    seconds = time.perf_counter() - started
+    plan.micro_batch_rows(5 * 10**8 // 8)  # another epoch: two are kept
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"plan_reach_s": seconds, "plan_mb": (peak - before) / 1000}
+
+
+def shuffle_quality() -> dict[str, float]:
+    episodes, frames, group = 200, 250, 16
+    per_episode = [min(group, frames - start) for start in range(0, frames, group)]
+    episode = np.repeat(np.arange(episodes), len(per_episode))
+    config = StreamConfig()
+    plan = Plan(
+        [np.tile(per_episode, episodes)],
+        seed=config.seed,
+        micro_batch=config.micro_batch,
+        mixing_rows=config.mixing_rows,
+    )
+    groups = episodes * frames // config.mixing_rows
+    ours = np.concatenate([episode[plan.mixing_group(g).row_group] for g in range(groups)])
+    perfect = np.random.default_rng(0).permutation(np.repeat(np.arange(episodes), frames))[: len(ours)]
+
+    def distinct(ids: np.ndarray) -> float:
+        batches = ids[: len(ids) // 64 * 64].reshape(-1, 64).tolist()
+        return statistics.fmean(len(set(batch)) for batch in batches)
+
+    found = {"distinct_episodes": distinct(ours), "distinct_episodes_perfect": distinct(perfect)}
+    found["distinct_episode_ratio"] = found["distinct_episodes"] / found["distinct_episodes_perfect"]
+    for lag in (1, 8, 64, 1024):
+        found[f"autocorrelation_{lag}"] = float(np.corrcoef(ours[:-lag], ours[lag:])[0, 1])
+        found[f"same_episode_{lag}"] = float((ours[:-lag] == ours[lag:]).mean())  # 1/200 by chance
+    return found
+
+
+# --- the stream and its rivals ---
+
+
+def sample_reader(path: Path) -> SampleReader:
+    dataset = open_dataset(str(path))
+    inputs, outputs = dataset.policy_features()
+    mapping = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
+    normalizer = Normalizer(dataset.stats, inputs | outputs, mapping)
+    tokens, mask = tokenize_tasks(dataset.tasks, str(ROOT / "configs/policy/tiny/vlm"), max_length=48)
+    source = Source(dataset, normalizer, tokens, mask)
+    return SampleReader([source], StreamConfig(), chunk_size=CHUNK, image_box=BOX)
+
+
+def stream(reader: SampleReader, *, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+    """The micro-batches of one worker, without end."""
+    start_ray()
+    dataset = micro_batches(reader, start=start, stop=10**9)
+    deal(dataset, num_workers=1)
+    dataset.context.execution_options = ExecutionOptions(preserve_order=True)
+    (split,) = dataset.streaming_split(1, equal=True)
+    blocks = split.iter_torch_batches(batch_size=None, prefetch_batches=2, collate_fn=ToTorch(), device="cpu")
+    return unpacked(blocks, reader.config.micro_batch)
+
+
+def stream_rows(reader: SampleReader) -> Iterator[int]:
+    for expected, batch in enumerate(stream(reader)):
+        assert batch["micro_batch"].tolist() == [expected] * len(batch["micro_batch"])
+        yield len(batch["micro_batch"])
+
+
+def bare_rows(reader: SampleReader) -> Iterator[int]:
+    """Read row group after row group, decode and shrink; nothing is kept."""
+    dataset = reader.sources[0].dataset
+    cameras = [(name, reader.image_size(name)) for name in dataset.camera_names]
+    for number in itertools.cycle(range(len(dataset.files))):
+        file = dataset.open_file(number)
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, use_threads=False)
+            for name, size in cameras:
+                for data in table[name].combine_chunks().field("bytes"):
+                    image = decoded_image(data.as_py())
+                    assert image is not None
+                    shrunk(image, size=size)
+            yield len(table)
+
+
+class RowGroupItems(MapDataset[dict[str, torch.Tensor]]):
+    """A row group an item, ready for the model."""
+
+    def __init__(self, reader: SampleReader) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader.sources[0].dataset.row_groups)
+
+    def __getitem__(self, unit: int) -> dict[str, torch.Tensor]:
+        cv2.setNumThreads(1)
+        count = int(self.reader.sources[0].dataset.row_groups.rows[unit])
+        zeros = np.zeros(count, dtype=np.int64)
+        rows = Rows(source=zeros, epoch=zeros, row_group=zeros + unit, offset=np.arange(count))
+        batch = self.reader.decoded(self.reader.encoded_rows(rows))
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+def loader_rows(reader: SampleReader) -> Iterator[int]:
+    while True:
+        loader = DataLoader(
+            RowGroupItems(reader), batch_size=None, shuffle=True, num_workers=CORES, prefetch_factor=4
+        )
+        for batch in loader:
+            yield len(batch["action"])
+
+
+def rates(path: Path, *, rounds: int, rows: int) -> dict[str, float]:
+    reader = sample_reader(path)
+    sides: dict[str, Loader] = {
+        "stream": lambda: stream_rows(reader),
+        "bare": lambda: bare_rows(reader),
+        "dataloader": lambda: loader_rows(reader),
+    }
+    with StoreWatch() as store:
+        found = compared(sides, rounds=rounds, rows=rows)
+    ratios = {
+        "per_core_efficiency": median_ratio(found["stream"], found["bare"], "cpu"),
+        "vs_dataloader": median_ratio(found["stream"], found["dataloader"], "wall"),
+        "vs_dataloader_cpu": median_ratio(found["stream"], found["dataloader"], "cpu"),
+    }
+    return ratios | medians(found) | store.found
+
+
+def compared(sides: dict[str, Loader], *, rounds: int, rows: int) -> dict[str, list[dict[str, float]]]:
+    """For each side and round its rows a second ("wall") and a CPU second ("cpu"), after the start."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, start in sides.items():
+            found[name].append(rate(start(), rows=rows))
+    return found
+
+
+def rate(batches: Iterator[int], *, rows: int) -> dict[str, float]:
+    seen = 0
+    for count in batches:
+        seen += count
+        if seen >= WARM_ROWS:
+            break
+    cpu, started, seen = cpu_seconds(), time.perf_counter(), 0
+    for count in batches:
+        seen += count
+        if seen >= rows:
+            break
+    found = {"wall": seen / (time.perf_counter() - started), "cpu": seen / (cpu_seconds() - cpu)}
+    del batches  # ends the side's processes, or its Ray Data execution
+    return found
+
+
+def median_ratio(ours: list[dict[str, float]], theirs: list[dict[str, float]], kind: str) -> float:
+    return statistics.median(one[kind] / other[kind] for one, other in zip(ours, theirs, strict=True))
+
+
+def medians(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
+    return {
+        f"{name}_rows_per_{'s' if kind == 'wall' else 'cpu_s'}": statistics.median(r[kind] for r in rounds)
+        for name, rounds in found.items()
+        for kind in ("wall", "cpu")
+    }
+
+
+def cpu_seconds() -> float:
+    """Of this process and its descendants; those that ended since the last call are lost."""
+    total = 0.0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        try:
+            times = process.cpu_times()
+            total += times.user + times.system
+        except psutil.Error:
+            continue
+    return total
+
+
+class StoreWatch:
+    """Samples the object store while its block runs."""
+
+    def __enter__(self) -> "StoreWatch":
+        start_ray()
+        self._done = threading.Event()
+        self._peak = self._spilled = 0.0
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        from ray._private.internal_api import memory_summary
+
+        while not self._done.wait(1.0):
+            text = memory_summary(stats_only=True)
+            if used := re.search(r"Plasma memory usage (\d+) MiB", text):
+                self._peak = max(self._peak, float(used[1]))
+            if spilled := re.search(r"Spilled (\d+) MiB", text):
+                self._spilled = max(self._spilled, float(spilled[1]))
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def found(self) -> dict[str, float]:
+        # Ray Data keeps what it produces ahead within half of the object store.
+        bound = STORE_BYTES / 2 / 2**20
+        return {"store_peak_mb": self._peak, "store_bound_mb": bound, "spilled_mb": self._spilled}
+
+
+# --- against random access into videos ---
+
+
+class VideoFrames(MapDataset[torch.Tensor]):
+    """A frame an item, as LeRobot reads it: seek to its time, decode up to it."""
+
+    def __init__(self, source: str) -> None:
+        self.places = [
+            (f"{source}/{clip.path}", clip.from_s + (frame + 0.5) / fps)
+            for fps, clip, frames in _clips(source)
+            for frame in range(frames)
+        ]
+        self._open: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        path, moment_s = self.places[index]
+        if path not in self._open:
+            self._open[path] = av.open(path)
+            self._open[path].streams.video[0].codec_context.thread_count = 1
+        container = self._open[path]
+        video_stream = container.streams.video[0]
+        assert video_stream.time_base is not None
+        container.seek(int(moment_s / video_stream.time_base), stream=video_stream, backward=True)
+        shown = None
+        for frame in container.decode(video_stream):
+            if shown is not None and frame.time is not None and frame.time > moment_s:
+                break
+            shown = frame
+        assert shown is not None
+        image = shown.to_ndarray(format="rgb24")
+        return torch.from_numpy(shrunk(image, size=(384, 512)))
+
+
+def _clips(source: str) -> Iterator[tuple[float, Any, int]]:
+    listing = LeRobotSource(uri=source).listing()
+    for unit in listing.units:
+        for clip in unit.detail.clips.values():
+            yield listing.fps, clip, unit.num_frames
+
+
+def video_rows(source: str) -> Iterator[int]:
+    while True:
+        for batch in DataLoader(VideoFrames(source), batch_size=8, shuffle=True, num_workers=CORES):
+            yield len(batch)
+
+
+def video(source: str, folder: Path, *, rows: int) -> dict[str, float]:
+    ingested(source, folder / "from-video")
+    reader = sample_reader(folder / "from-video")
+    found = {"stream": [rate(stream_rows(reader), rows=4 * rows)]}
+    frames = video_rows(source)
+    for _ in range(4):
+        next(frames)
+    cpu, started = cpu_seconds(), time.perf_counter()
+    seen = sum(itertools.islice(frames, rows // 8))
+    theirs = {"wall": seen / (time.perf_counter() - started), "cpu": seen / (cpu_seconds() - cpu)}
+    return {
+        "vs_random_video": found["stream"][0]["wall"] / theirs["wall"],
+        "vs_random_video_cpu": found["stream"][0]["cpu"] / theirs["cpu"],
+        "franka_stream_rows_per_s": found["stream"][0]["wall"],
+        "random_video_rows_per_s": theirs["wall"],
+    }
+
+
+def ingested(source: str, target: Path) -> None:
+    """Decode the videos into an episode dataset, in this process."""
+    lerobot, options = LeRobotSource(uri=source), writer.WriterOptions()
+    listing = lerobot.listing()
+    place = output.opened(str(target), listing, options, append=False)
+    output.begin(place, listing)
+    outcome = writer.stage_part(lerobot.episodes(listing.units), place.layout, part=0)
+    shards = writer.shards_of(outcome["episodes"], listing.tasks, options)
+    for shard in shards:
+        writer.assemble_shard(place.layout, shard)
+    sealing.seal(place, listing, outcomes=[outcome], shards=shards, tasks=listing.tasks, code_version=None)
+
+
+# --- a consumer that leaves the stream some air ---
+
+
+def starvation(path: Path, *, seconds: float) -> dict[str, float]:
+    batches = stream(sample_reader(path))
+    rows = len(next(batches)["micro_batch"])
+    started, seen = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds / 2:
+        seen += len(next(batches)["micro_batch"])
+    capacity = seen / (time.perf_counter() - started)
+    step_s = rows * 1.3 / capacity
+    waited, begun = 0.0, time.perf_counter()
+    while (elapsed := time.perf_counter() - begun) < seconds / 2:
+        started = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - started
+        time.sleep(step_s)  # the model's work, on another device
+    return {
+        "wait_share": waited / elapsed,
+        "capacity_rows_per_s": capacity,
+        "demand_rows_per_s": rows / step_s,
+    }
+
+
+# --- ten thousand files ---
+
+
+def many_shards(folder: Path, *, shards: int) -> dict[str, float]:
+    image = cv2.imencode(".jpg", np.full((8, 8, 3), 90, np.uint8))[1].tobytes()
+    path = write_dataset(folder / "shards", [image], size=(8, 8), lengths=[32] * shards, per_shard=1)
+    start_ray()
+    started = time.perf_counter()
+    reader = sample_reader(path)
+    opened = time.perf_counter() - started
+    started = time.perf_counter()
+    next(stream(reader, start=12345))
+    return {"first_batch_s": time.perf_counter() - started, "open_10000_files_s": opened}
+
+
+def generated(folder: Path) -> Path:
+    """200 episodes of 20 to 60 frames at 480x640."""
+    path = folder / "generated"
+    if not path.exists():
+        clip = []
+        for image in pictures(40):
+            bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+            clip.append(cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes())
+        lengths = np.random.default_rng(0).integers(20, 60, 200).tolist()
+        write_dataset(path, clip, size=SIZE, lengths=lengths, per_shard=25)
+    return path
+
+
+def start_ray() -> None:
+    if not ray.is_initialized():
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+        ray.init(
+            address="local",
+            num_cpus=CORES,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=STORE_BYTES,
+            runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
+        )
+
+
+if __name__ == "__main__":
+    main()

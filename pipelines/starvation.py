@@ -1,0 +1,68 @@
+"""Which stage of the stream keeps the workers waiting, told from measured seconds."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipelines.stream import READ_TASKS
+
+WAIT_SHARE = 0.02
+"""Below it nobody is starved."""
+BUSY = 0.8
+"""A stage that is busy for more of its capacity than this is what the others wait for."""
+QUIET_S = 60.0
+"""Between two lines about the same stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """The stream over an interval, as one worker saw it."""
+
+    wait_share: float
+    """Part of the interval that the worker waited for its next micro-batch."""
+    rows_per_s: float
+    """Of all workers."""
+    read_s: float
+    """Seconds a row that a task took to read it, compressed."""
+    decode_s: float
+    """Seconds a row that a task took to decode it."""
+    unpack_share: float
+    """Part of the interval that the worker took to make tensors of what had arrived."""
+    cpus: float
+    """CPUs that decode: those of the cluster that training does not take."""
+
+
+def bottleneck(flow: Flow) -> tuple[str, str]:
+    """The slowest stage, and the numbers that say so."""
+    decoding, reading = flow.rows_per_s * flow.decode_s, flow.rows_per_s * flow.read_s
+    numbers = (
+        f"decoding takes {1e3 * flow.decode_s:.1f} ms a row and {decoding:.1f} of {flow.cpus:g} CPUs, "
+        f"reading {1e3 * flow.read_s:.1f} ms a row and {reading:.1f} of {READ_TASKS} tasks"
+    )
+    if flow.unpack_share > BUSY:
+        return "unpacking in the worker", f"it takes {flow.unpack_share:.0%} of the time; {numbers}"
+    # No CPU left: each decoding task is then as fast as it gets.
+    if decoding > BUSY * flow.cpus and decoding / flow.cpus >= reading / READ_TASKS:
+        return "decoding", f"{numbers}; more CPUs, or images stored smaller, make it faster"
+    if reading > BUSY * READ_TASKS:
+        return "reading", f"{numbers}; the storage answers too slowly"
+    return "transport", f"{numbers}; neither is busy: the object store is full, or the network slow"
+
+
+class StarvationLog:
+    """Says at most once a minute, and whenever it is another one, which stage the workers wait for."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._stage, self._said_at = "", float("-inf")
+
+    def line(self, flow: Flow) -> str | None:
+        """What to log of an interval; None: nothing."""
+        if flow.wait_share <= WAIT_SHARE:
+            return None
+        stage, why = bottleneck(flow)
+        now = self._clock()
+        if stage == self._stage and now < self._said_at + QUIET_S:
+            return None
+        self._stage, self._said_at = stage, now
+        return f"waited {flow.wait_share:.0%} of the time for data; the bottleneck is {stage}: {why}"
