@@ -14,7 +14,7 @@ import ray.exceptions
 from mlflow.exceptions import MlflowException
 
 from jobs.tracking import TrackedRun
-from pipelines.watch import Wish
+from pipelines.board import Wish
 
 LAST_POINTS_S = 1.5  # in which the writer, which ships every second, delivers the last ones of a stopped job
 LOOK_EVERY_S = 0.2
@@ -29,7 +29,7 @@ def truthful_end(run: TrackedRun, board: Any) -> Iterator[None]:
 
     Args:
         run: the job's.
-        board: handle of the `pipelines.watch.Board` that the workers look at.
+        board: handle of the `pipelines.board.Board` that the workers look at.
     """
     stopping = _Stopping(run, board)
     before = {number: signal.signal(number, stopping.notice) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -30,6 +30,7 @@ from jobs.held_out import ValidationOptions
 from jobs.training_data import DatasetOptions, TrainingData, readable, readable_vlm
 from pipelines import training
 from pipelines.augmentation import AugmentationConfig
+from pipelines.board import start_board
 from pipelines.engine import Parallel, TrainConfig
 from pipelines.files import joined
 from pipelines.manifest import MANIFEST
@@ -40,7 +41,6 @@ from pipelines.run_storage import START, RunStorage
 from pipelines.stream import SampleReader, StreamConfig
 from pipelines.training import Cluster
 from pipelines.validation import HeldOut
-from pipelines.watch import start_board
 from smolvla.configuration import SmolVLAConfig
 from smolvla.lora import ATTENTION, LoRA
 from smolvla.modeling import SmolVLAPolicy

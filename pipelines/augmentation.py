@@ -8,10 +8,10 @@ so switching one on leaves the others as they were.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -88,13 +88,20 @@ def augmented(image: Image, config: AugmentationConfig, u: NDArray[np.float64]) 
     return _compressed(image, config, u[12]) if u[11] < config.jpeg_probability else image
 
 
+def _transforms() -> Any:
+    """Torchvision's functions; only runs that augment wait for their import."""
+    import torchvision.transforms.v2.functional as functional
+
+    return functional
+
+
 def _cropped(pixels: Tensor, config: AugmentationConfig, side: float, down: float, right: float) -> Tensor:
     """One share for both sides, so that the ratio stays."""
     height, width = pixels.shape[-2:]
     share = config.crop_min_side + side * (1 - config.crop_min_side)
     kept = max(1, round(share * height)), max(1, round(share * width))
     top, left = int(down * (height - kept[0] + 1)), int(right * (width - kept[1] + 1))
-    return F.resized_crop(pixels, top, left, *kept, size=[height, width], antialias=True)
+    return _transforms().resized_crop(pixels, top, left, *kept, size=[height, width], antialias=True)
 
 
 def _colored(
@@ -107,13 +114,13 @@ def _colored(
 ) -> Tensor:
     """Always in this order; a strength of 0 is left out, as its arithmetic would round."""
     if config.brightness:
-        pixels = F.adjust_brightness(pixels, _factor(config.brightness, brightness))
+        pixels = _transforms().adjust_brightness(pixels, _factor(config.brightness, brightness))
     if config.contrast:
-        pixels = F.adjust_contrast(pixels, _factor(config.contrast, contrast))
+        pixels = _transforms().adjust_contrast(pixels, _factor(config.contrast, contrast))
     if config.saturation:
-        pixels = F.adjust_saturation(pixels, _factor(config.saturation, saturation))
+        pixels = _transforms().adjust_saturation(pixels, _factor(config.saturation, saturation))
     if config.hue:
-        pixels = F.adjust_hue(pixels, config.hue * (2 * hue - 1))
+        pixels = _transforms().adjust_hue(pixels, config.hue * (2 * hue - 1))
     return pixels
 
 
@@ -133,4 +140,4 @@ def _compressed(image: Image, config: AugmentationConfig, u: float) -> Image:
 def _blurred(pixels: Tensor, config: AugmentationConfig, u: float) -> Tensor:
     sigma = 0.1 + u * (config.blur_max_sigma_px - 0.1)
     reach = min(math.ceil(3 * sigma), min(pixels.shape[-2:]) - 1)  # what is reflected at the border is there
-    return F.gaussian_blur(pixels, [2 * reach + 1] * 2, [sigma, sigma])
+    return _transforms().gaussian_blur(pixels, [2 * reach + 1] * 2, [sigma, sigma])

@@ -79,7 +79,7 @@ class Run:
     collective_timeout_s: float = 600.0
     """How long workers wait for each other before the step fails."""
     board: Any = None
-    """Handle of the `pipelines.watch.Board` where the workers say where they are; None: `fit` starts one."""
+    """Handle of the `pipelines.board.Board` where the workers say where they are; None: `fit` starts one."""
 
     @property
     def storage(self) -> RunStorage:

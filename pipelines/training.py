@@ -26,6 +26,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines import checkpoint
+from pipelines.board import Wish, start_board
 from pipelines.checkpoint import Progress
 from pipelines.engine import Engine
 from pipelines.feed import Feed
@@ -35,7 +36,7 @@ from pipelines.run_storage import START, RunStorage
 from pipelines.saver import Saver
 from pipelines.stream import DealtToWorkers, SampleReader, micro_batches
 from pipelines.validation import Validation
-from pipelines.watch import IN_STEP, WAITING, Agreement, Watch, Wish, start_board
+from pipelines.watch import IN_STEP, WAITING, Agreement, Watch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from .configuration import NORMALIZATION_MODES, Feature
 
@@ -162,6 +161,8 @@ def tokenize_tasks(
         raise ValueError(f"padding is {padding!r}; it must be 'longest' or 'max_length'")
     callable_tokenizer: Any = tokenizer
     if isinstance(tokenizer, str | Path):
+        from transformers import AutoTokenizer  # processes that only decode do without its import
+
         callable_tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
     encoded = callable_tokenizer(
         [task if task.endswith("\n") else f"{task}\n" for task in tasks],

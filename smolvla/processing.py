@@ -11,7 +11,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from .configuration import ACTION, STATE, SmolVLAConfig
 from .data_utils import tokenize_tasks
@@ -99,6 +98,8 @@ class SmolVLAProcessor:
     @property
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
+            from transformers import AutoTokenizer  # processes that only decode do without its import
+
             self._tokenizer = AutoTokenizer.from_pretrained(self.config.vlm_source())
         return self._tokenizer
 

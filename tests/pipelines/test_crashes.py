@@ -16,8 +16,8 @@ import ray.train
 from test_training import CLUSTER, losses, new_run, points, recorded_rows, toy, uninterrupted
 
 from pipelines import training
+from pipelines.board import start_board
 from pipelines.stream import SampleReader
-from pipelines.watch import start_board
 
 assert toy, uninterrupted  # fixtures
 
