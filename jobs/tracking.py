@@ -39,6 +39,7 @@ from jobs.command_line import git_commit
 from pipelines.dataset import filesystem_of
 from pipelines.run_storage import RunStorage
 
+SPOOL = "metrics.jsonl"
 WAITING = "metrics_waiting.jsonl"  # in an object store: what was not delivered at the last checkpoint
 BATCH = 1000  # points; the REST API takes no more at once
 SHIP_EVERY_S = 1.0
@@ -220,7 +221,7 @@ class Shipper:
 
     def __init__(self, run: TrackedRun, storage: RunStorage) -> None:
         self._run, self._storage = run, storage
-        path = storage.folder / "metrics.jsonl"
+        path = storage.folder / SPOOL
         moved = bool(storage.uri) and not path.exists()
         self._spool = Spool(path)
         if moved:

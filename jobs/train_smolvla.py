@@ -24,7 +24,7 @@ import ray
 import torch
 import yaml
 
-from jobs import command_line, held_out, tracking, training_data
+from jobs import command_line, held_out, summary, tracking, training_data
 from jobs.ending import truthful_end
 from jobs.held_out import ValidationOptions
 from jobs.training_data import DatasetOptions, TrainingData, readable, readable_vlm
@@ -571,6 +571,9 @@ def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
                 fit(job, prepared, writer, board, at_step=at.step)
         finally:
             undelivered = writer.close(CLOSE_WITHIN_S)
+    rest = {"checkpoints": f"{prepared.storage}/step_*", "MLflow": run.link}
+    spool = prepared.folder / tracking.SPOOL
+    print(summary.table(spool, steps=job.steps, batch_size=job.batch_size, rest=rest), flush=True)
     return {
         "mlflow": run.link,
         "run_folder": str(prepared.storage),
