@@ -78,18 +78,25 @@ class _Stopping:
             with contextlib.suppress(MlflowException):
                 self._run.finish("KILLED")  # first of all: `ray job stop` kills after 3 s by default
             print("told to stop: saving first", flush=True)
-            step = self._saved_step()
-            print(f"stopped, saved at step {step}; the same command continues the run", flush=True)
+            before, step = self._saved_step()
+            if step > before:
+                print(f"stopped, saved at step {step}; the same command continues the run", flush=True)
+            else:
+                print(f"stopped, not saved: the workers had ended; the last saved step is {step}", flush=True)
             time.sleep(LAST_POINTS_S)
         finally:
             os._exit(128 + self._number)
 
-    def _saved_step(self) -> int:
-        """Have the run saved; returns the step, or the last one saved if the workers ended first."""
+    def _saved_step(self) -> tuple[int, int]:
+        """Have the run saved; returns the last saved step before the wish and after it."""
+        before = self._last_saved()
         with contextlib.suppress(ray.exceptions.RayError):
-            before = int(ray.get(self._board.saved_step.remote()))  # pyright: ignore[reportArgumentType] - Ray loses types
             self._board.want.remote(Wish.SAVE_AND_STOP)
             while not self._workers_ended.wait(LOOK_EVERY_S):
-                if (step := int(ray.get(self._board.saved_step.remote()))) > before:
-                    return step
-        return int(ray.get(self._board.saved_step.remote()))
+                if (step := self._last_saved()) > before:
+                    return before, step
+        return before, self._last_saved()
+
+    def _last_saved(self) -> int:
+        found: Any = ray.get(self._board.saved_step.remote())
+        return int(found)
