@@ -25,6 +25,11 @@ from episode_data import write_dataset
 from ingest import pictures
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from jobs.summary import points  # noqa: E402
+from jobs.tracking import SPOOL  # noqa: E402
+
 SIZE = (96, 128)
 EPISODES, FRAMES = 24, 60
 CHECKPOINT_EVERY = 10
@@ -144,12 +149,9 @@ class Runs:
 
     def curve(self, name: str) -> dict[int, float]:
         """Step -> loss, as it goes to MLflow."""
-        spool, found = self.folder(name) / "metrics.jsonl", {}
-        for line in spool.read_text().splitlines() if spool.exists() else []:
-            record = json.loads(line) if line.endswith("}") else {}
-            if "train/loss" in record.get("metrics", {}):
-                found[record["step"]] = record["metrics"]["train/loss"]
-        return found
+        spool = self.folder(name) / SPOOL
+        found = points(spool) if spool.exists() else ()
+        return {step: metrics["train/loss"] for step, metrics in found if "train/loss" in metrics}
 
     def rows(self, name: str) -> dict[int, Any]:
         """Micro-batch -> its (episode, frame)s; when it was computed again, it must have held the same."""

@@ -325,9 +325,8 @@ def prepare(job: TrainJob) -> Prepared:
         "augmentation": asdict(job.augmentation) if job.augmentation.is_on else None,
         "validation": held_out.identity(job.validation, measured),
     }
-    storage = _run_storage(job)
-    _check_same_run(storage, identity)
-    as_saved = json.loads(json.dumps(identity))
+    storage, as_saved = _run_storage(job), json.loads(json.dumps(identity))
+    _check_same_run(storage, as_saved)
     return Prepared(data, policy_config, reader, measured, train, storage, as_saved)
 
 
@@ -406,7 +405,7 @@ def _check_same_run(storage: RunStorage, identity: dict[str, Any]) -> None:
     if not storage.has(RECORD):
         return
     before = storage.read_json(RECORD)["identity"]
-    for name, value in json.loads(json.dumps(identity)).items():
+    for name, value in identity.items():
         if before.get(name) != value:
             raise ValueError(
                 f"run_name {storage.name}: this run has {name} {before.get(name)!r}, now {value!r}; "

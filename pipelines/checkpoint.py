@@ -12,9 +12,10 @@ reading, so a run saved by two workers continues on three. Into an object store 
 wrote on its node, and the manifest follows when all have.
 """
 
+import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -118,10 +119,11 @@ def save(
     written: Any = dcp.async_save(
         _training_state(policy, optimizer, average), storage_writer=writer, process_group=group
     )
-    weights = _full_weights(policy, keep=rank == 0)
+    gathered = functools.partial(_gathered, changing=_trainable(policy), keep=rank == 0)
+    weights = gathered(policy.state_dict())
     exported = {"": weights}
     if average is not None:
-        exported["_ema"] = weights | _gathered(average.weights, keep=rank == 0)
+        exported["_ema"] = weights | gathered(average.weights)
     optimizer_steps = int(torch.stack([state["step"] for state in optimizer.state.values()]).max())
 
     def finish() -> None:
@@ -205,25 +207,14 @@ def _training_state(policy: nn.Module, optimizer: AdamW, average: WeightAverage 
     return state | {f"ema.{name}": tensor for name, tensor in averaged.items()}
 
 
-def _full_weights(policy: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """A copy on the CPU of what trains, and the frozen rest as it is; unsharded.
+def _gathered(tensors: Mapping[str, Tensor], *, changing: Collection[str], keep: bool) -> dict[str, Tensor]:
+    """Tensors on the CPU, unsharded: a copy of what is `changing`, and the rest as it is.
 
     Every rank takes part in gathering what is sharded; only the one that writes it keeps it.
     """
-    weights = {}
-    trainable = _trainable(policy)
-    for name, value in policy.state_dict().items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if keep:
-            weights[name] = whole.detach().to("cpu", copy=name in trainable and whole is value)
-    return weights
-
-
-def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """A copy on the CPU, unsharded; every rank takes part, and only the one that writes it keeps it."""
-    copies = {}
+    found = {}
     for name, value in tensors.items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if keep:
-            copies[name] = whole.detach().to("cpu", copy=True)
-    return copies
+            found[name] = whole.detach().to("cpu", copy=name in changing and whole is value)
+    return found

@@ -115,16 +115,21 @@ class Engine:
             add_adapters(policy, train.lora, seed=generator_seed(ADAPTERS, train.seed))
         if train.activation_checkpointing:
             policy.gradient_checkpointing_enable()
-        if train.parallel != "ddp":
+        if self.sharded:
             self._shard()
         if train.compile:
             policy.compile_layers()
         # FSDP2 computes in bfloat16 by itself; here autocast does.
-        self._autocast = train.parallel == "ddp" and train.precision == "bfloat16"
-        replicate = train.parallel == "ddp" and self.num_workers > 1
+        self._autocast = not self.sharded and train.precision == "bfloat16"
+        replicate = not self.sharded and self.num_workers > 1
         self._model = DistributedDataParallel(policy) if replicate else policy
         self.optimizer = adamw(policy, policy.config)
         self.average = WeightAverage(policy, train.ema_decay) if train.ema_decay else None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the workers must run the policy together."""
+        return self.train.parallel != "ddp"
 
     def _shard(self) -> None:
         settings: dict[str, Any] = {}
@@ -164,7 +169,7 @@ class Engine:
         number, batch = 0, {}
         for number, batch in micro_batches:
             yield number, batch
-        if self.train.parallel != "ddp" and count < self._most:
+        if self.sharded and count < self._most:
             padded = torch.ones(batch[ACTION].shape[:2], dtype=torch.bool, device=self.device)
             yield number, batch | {"action_is_pad": padded}
 
@@ -175,7 +180,7 @@ class Engine:
             with contextlib.nullcontext() if i == count - 1 else self._model.no_sync():
                 yield
             return
-        if self.train.parallel != "ddp":
+        if self.sharded:
             last = i == self._most - 1
             self.policy.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue] - FSDP2's method
         yield
@@ -200,11 +205,6 @@ class Engine:
         """On the CPU: the same on any device."""
         generator = torch.Generator().manual_seed(noise_seed(self.train.seed, number))
         return sample_noise(shape, generator), sample_time(shape[0], generator)
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the workers must run the policy together."""
-        return self.train.parallel != "ddp"
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -118,7 +118,8 @@ class Meter:
 
     def since_point(self) -> tuple[tuple[float, float, float], ...]:
         """What a checkpoint within an interval must keep, so that the next point is the mean of all of it."""
-        self._exchange()
+        if self._results:  # else the point that was just written has told all workers
+            self._exchange()
         return tuple((loss, norm, skipped) for loss, norm, skipped in self._found().tolist())
 
     def _look_at_skips(self, found: Tensor) -> None:

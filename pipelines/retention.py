@@ -60,13 +60,16 @@ def retain(store: Store, keep: Retention, *, newest: str) -> dict[str, Any] | No
     """
     found = [name for name in store.checkpoints() if name <= newest]
     losses: dict[str, float] = {}
+    steps: dict[str, int] = {}
     for name in found:
         if store.has(f"{name}/{MANIFEST}"):
-            value = store.read_json(f"{name}/{TRAINING}/trainer.json").get("val_loss")
+            trainer = store.read_json(f"{name}/{TRAINING}/trainer.json")
+            value, steps[name] = trainer.get("val_loss"), trainer["step"]
             losses[name] = math.inf if value is None or math.isnan(value) else value
     best = [name for name in ranked(losses) if losses[name] < math.inf]
-    record = _record(store, best[0], losses[best[0]]) if best else None
-    if record is not None:
+    record = None
+    if best:
+        record = {"checkpoint": best[0], "step": steps[best[0]], "val/loss": losses[best[0]]}
         store.write_json(BEST, record)  # before anything goes: it names a checkpoint that is there
     stays = {*sorted(losses)[-keep.newest :], *best[: keep.best]}
     for name in found:
@@ -79,8 +82,3 @@ def ranked(losses: Mapping[str, float]) -> list[str]:
     """Checkpoints by validation loss, the lowest first; of equals the newer first."""
     newest_first = sorted(losses, reverse=True)
     return sorted(newest_first, key=lambda name: losses[name])
-
-
-def _record(store: Store, name: str, loss: float) -> dict[str, Any]:
-    step = store.read_json(f"{name}/{TRAINING}/trainer.json")["step"]
-    return {"checkpoint": name, "step": step, "val/loss": loss}

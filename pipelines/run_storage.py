@@ -89,7 +89,10 @@ class RunStorage:
     def _fetched(self, name: str) -> Path:
         filesystem, root = self.place()
         target, partial = self.folder / name, self.folder / f"{name}.partial"
-        sealed = _content(filesystem, f"{root}/{name}/{MANIFEST}")
+        try:
+            sealed = self.read(f"{name}/{MANIFEST}")
+        except FileNotFoundError:
+            raise DamagedError(f"no {MANIFEST}: it was not finished") from None
         if (target / MANIFEST).exists() and (target / MANIFEST).read_bytes() == sealed:
             return target
         older = self.folder.glob(f"{STEPS}*") if name.startswith(STEPS) else ()
@@ -169,14 +172,6 @@ def _declared(sealed: bytes) -> Entries:
         return manifest.declared(sealed)
     except ValueError as error:
         raise DamagedError(str(error)) from None
-
-
-def _content(filesystem: pafs.FileSystem, path: str) -> bytes:
-    try:
-        with filesystem.open_input_stream(path) as stream:
-            return stream.read()
-    except FileNotFoundError:
-        raise DamagedError(f"no {MANIFEST}: it was not finished") from None
 
 
 def _copy(source: pafs.FileSystem, path: str, target: pafs.FileSystem, to: str) -> None:

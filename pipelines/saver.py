@@ -14,7 +14,7 @@ from pipelines.engine import Engine
 from pipelines.retention import retain
 from pipelines.run import Run
 from pipelines.run_storage import START
-from pipelines.watch import Watch
+from pipelines.watch import SAVING, Watch
 
 
 class Saver:
@@ -35,7 +35,7 @@ class Saver:
         finished yet: two at once would need twice the memory.
         """
         started = time.perf_counter()
-        self._watch.now(at.step, "saving")
+        self._watch.now(at.step, SAVING)
         self._idle.wait()
         self._idle.clear()
         run, name = self._run, checkpoint.folder_name(at.step)

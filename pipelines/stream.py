@@ -1,10 +1,10 @@
 """Plan -> Ray Data -> model-ready micro-batches.
 
 One Ray Data dataset a run. A read task is one mixing group of the plan: it reads the row groups, cuts the
-action windows, shuffles the rows while they are still compressed, and hands them on as micro-batches; a
-second step decodes, shrinks, normalises and looks up the task's tokens. Blocks are exactly one micro-batch
-and their order is preserved, so worker r of W receives the micro-batches m with m % W == r. The worker checks
-that instead of believing it.
+action windows, shuffles the rows while they are still compressed, and hands them on in blocks; a second step
+decodes, shrinks, normalises and looks up the task's tokens. A block holds whole micro-batches of one worker
+and the order of blocks is preserved, so worker r of W receives the micro-batches m with (m - start) % W == r.
+The worker checks that instead of believing it.
 
 Shape letters: b micro-batch, H chunk, A action width, S state width, L tokens, (h, w) image after fitting.
 """

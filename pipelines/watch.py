@@ -25,6 +25,7 @@ from pipelines.board import SILENT_S, Beat, Wish
 
 BEAT_EVERY_S = 1.0
 NAMED = 8  # workers of which an error speaks
+IN_STEP, WAITING, SAVING = "in the step", "waiting for data", "saving"
 LOG = logging.getLogger(__name__)
 
 
@@ -110,9 +111,6 @@ def suspects(beats: list[Beat]) -> list[Beat]:
     furthest = max((b.step, b.doing == IN_STEP) for b in beats)
     behind = [b for b in beats if (b.step, b.doing == IN_STEP) < furthest]
     return sorted(behind or beats, key=lambda b: (b.step, b.rank))
-
-
-IN_STEP, WAITING, SAVING = "in the step", "waiting for data", "saving"
 
 
 class CollectiveError(Exception):

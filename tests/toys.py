@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,3 +154,13 @@ def golden_rows(micro_batch: int, *, shift: float = 0.01) -> tuple[Any, Callable
         return columns
 
     return SmolVLAPolicy.from_pretrained(folder), rows
+
+
+def spawned(worker: Callable[..., None], *arguments: Any, processes: int) -> None:
+    """Run worker(rank, port, *arguments) in processes of their own; the port was free a moment ago."""
+    import torch.multiprocessing as mp
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, *arguments), nprocs=processes)

@@ -5,7 +5,7 @@ import re
 import signal
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -15,25 +15,10 @@ from test_training import CLUSTER, losses, new_run, points, recorded_rows, toy, 
 
 from pipelines import training
 from pipelines.board import start_board
-from pipelines.stream import SampleReader
 
 assert toy, uninterrupted  # fixtures
 
 READY_WITHIN_S = 120
-PACE_S = 0.2  # a micro-batch of `PacedReader`: 40 steps take 16 s, so that there is a middle
-
-
-@dataclass(frozen=True)
-class PacedReader(SampleReader):
-    """Decodes slowly, in processes that can be found by name."""
-
-    def decoded(self, batch):
-        time.sleep(PACE_S)
-        return super().decoded(batch)
-
-
-def paced(reader):
-    return PacedReader(**{name: getattr(reader, name) for name in reader.__dataclass_fields__})
 
 
 def when(run, step, act):

@@ -2,16 +2,14 @@
 
 import json
 import math
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from toys import golden_rows
+from toys import golden_rows, spawned
 
 from pipelines.engine import Engine, TrainConfig
 
@@ -159,10 +157,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_not_counted_by_adamw(a
 @pytest.fixture(scope="module")
 def several_workers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("curves")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(on_workers, (port, folder), nprocs=4)
+    spawned(on_workers, folder, processes=4)
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in CASES}
 
 

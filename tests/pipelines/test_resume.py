@@ -1,17 +1,15 @@
 """A run with average and adapters goes on from its checkpoint as if it had never stopped, sharded or not."""
 
 import json
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from test_engine import TRAIN
-from toys import golden_rows
+from toys import golden_rows, spawned
 
 from pipelines import checkpoint
 from pipelines.engine import Engine
@@ -89,10 +87,7 @@ def worker(rank, port, folder):
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resumed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, folder), nprocs=2)
+    spawned(worker, folder, processes=2)
     return folder, json.loads((folder / "losses.json").read_text())
 
 

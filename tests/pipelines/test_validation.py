@@ -2,7 +2,6 @@
 
 import json
 import math
-import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from toys import LENGTHS, TASKS, with_cut_image
+from toys import LENGTHS, TASKS, spawned, with_cut_image
 
 from pipelines.dataset import open_dataset
 from pipelines.engine import Engine, TrainConfig
@@ -110,10 +108,7 @@ class one_process:  # noqa: N801 -- a context
 @pytest.fixture(scope="module")
 def several(episodes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("several")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(workers, (port, episodes, folder), nprocs=3)
+    spawned(workers, episodes, folder, processes=3)
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
