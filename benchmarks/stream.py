@@ -56,17 +56,12 @@ from pipelines import output, sealing, writer  # noqa: E402
 from pipelines.dataset import open_dataset  # noqa: E402
 from pipelines.images import decoded_image, shrunk  # noqa: E402
 from pipelines.plan import Plan, Rows  # noqa: E402
+from pipelines.samples import SampleReader, Source, StreamConfig  # noqa: E402
 from pipelines.sources.lerobot import LeRobotSource  # noqa: E402
-from pipelines.stream import (  # noqa: E402
-    SampleReader,
-    Source,
-    StreamConfig,
-    ToTorch,
-    deal,
-    micro_batches,
-    unpacked,
-)
-from smolvla.data_utils import Normalizer, tokenize_tasks  # noqa: E402
+from pipelines.stream import deal, micro_batches  # noqa: E402
+from pipelines.tensors import ToTorch, unpacked  # noqa: E402
+from smolvla.data_utils import tokenize_tasks  # noqa: E402
+from smolvla.features import Normalizer  # noqa: E402
 
 CORES = 2
 SIZE, BOX = (480, 640), (512, 512)

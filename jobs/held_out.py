@@ -9,7 +9,7 @@ import numpy as np
 from jobs import training_data
 from jobs.training_data import Entry, TrainingData, readable
 from pipelines.dataset import EpisodeDataset, open_dataset
-from pipelines.stream import SampleReader, Source
+from pipelines.samples import SampleReader, Source
 from pipelines.validation import HeldOut, ValidationConfig, held_out_named, held_out_share, split
 from smolvla.configuration import SmolVLAConfig
 

@@ -35,10 +35,11 @@ from pipelines.engine import Parallel, TrainConfig
 from pipelines.files import joined
 from pipelines.manifest import MANIFEST
 from pipelines.output import exclusive
+from pipelines.progress import position
 from pipelines.retention import Retention
 from pipelines.run import Run, trained_datasets
 from pipelines.run_storage import START, RunStorage
-from pipelines.stream import SampleReader, StreamConfig
+from pipelines.samples import SampleReader, StreamConfig
 from pipelines.training import Cluster
 from pipelines.validation import HeldOut
 from smolvla.configuration import SmolVLAConfig
@@ -556,7 +557,7 @@ def show_progress(writer: tracking.RunWriter, job: TrainJob, done: threading.Eve
 
 def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
     """Run the training; returns the figures of the report line."""
-    at = training.position(prepared.storage)
+    at = position(prepared.storage)
     run = tracked(job, prepared, step=at.step)
     print(f"MLflow run: {run.link}", flush=True)
     started = time.monotonic()

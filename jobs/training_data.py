@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from pipelines.dataset import EpisodeDataset, open_dataset
+from pipelines.samples import Source
 from pipelines.sources.mapping import unknown_name
-from pipelines.stream import Source
-from smolvla.configuration import Feature, SmolVLAConfig
-from smolvla.data_utils import Normalizer, tokenize_tasks
+from smolvla.configuration import SmolVLAConfig
+from smolvla.data_utils import tokenize_tasks
+from smolvla.features import Feature, Normalizer
 from smolvla.processing import SmolVLAProcessor
 
 ENTRY_FIELDS = ("path", "name", "weight", "rename")

@@ -6,17 +6,19 @@ so switching one on leaves the others as they were.
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipelines.images import decoded_image, encoded_image
 from pipelines.plan import AUGMENTATION
+
+if TYPE_CHECKING:  # only runs that augment wait for the import of torch and torchvision
+    from torch import Tensor
 
 Image = NDArray[np.uint8]
 NUM_DRAWS = 16  # 13 are used; a new effect takes the next ones
@@ -81,21 +83,34 @@ def augmented(image: Image, config: AugmentationConfig, u: NDArray[np.float64]) 
     if u[9] < config.blur_probability:
         effects.append(lambda pixels: _blurred(pixels, config, u[10]))
     if effects:
-        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        pixels = _torch().from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         for effect in effects:
             pixels = effect(pixels)
         image = pixels.permute(1, 2, 0).numpy()
     return _compressed(image, config, u[12]) if u[11] < config.jpeg_probability else image
 
 
+def _torch() -> Any:
+    """Import it; Ray gives the task to another process where that cannot be done any more."""
+    try:
+        import torch
+    except ImportError as error:
+        if "once per process" not in str(error):
+            raise
+        # Ray cancelled a task of an earlier dataset in the middle of this import.
+        os._exit(1)
+    return torch
+
+
 def _transforms() -> Any:
-    """Torchvision's functions; only runs that augment wait for their import."""
     import torchvision.transforms.v2.functional as functional
 
     return functional
 
 
-def _cropped(pixels: Tensor, config: AugmentationConfig, side: float, down: float, right: float) -> Tensor:
+def _cropped(
+    pixels: "Tensor", config: AugmentationConfig, side: float, down: float, right: float
+) -> "Tensor":
     """One share for both sides, so that the ratio stays."""
     height, width = pixels.shape[-2:]
     share = config.crop_min_side + side * (1 - config.crop_min_side)
@@ -105,13 +120,13 @@ def _cropped(pixels: Tensor, config: AugmentationConfig, side: float, down: floa
 
 
 def _colored(
-    pixels: Tensor,
+    pixels: "Tensor",
     config: AugmentationConfig,
     brightness: float,
     contrast: float,
     saturation: float,
     hue: float,
-) -> Tensor:
+) -> "Tensor":
     """Always in this order; a strength of 0 is left out, as its arithmetic would round."""
     if config.brightness:
         pixels = _transforms().adjust_brightness(pixels, _factor(config.brightness, brightness))
@@ -137,7 +152,7 @@ def _compressed(image: Image, config: AugmentationConfig, u: float) -> Image:
     return decoded
 
 
-def _blurred(pixels: Tensor, config: AugmentationConfig, u: float) -> Tensor:
+def _blurred(pixels: "Tensor", config: AugmentationConfig, u: float) -> "Tensor":
     sigma = 0.1 + u * (config.blur_max_sigma_px - 0.1)
     reach = min(math.ceil(3 * sigma), min(pixels.shape[-2:]) - 1)  # what is reflected at the border is there
     return _transforms().gaussian_blur(pixels, [2 * reach + 1] * 2, [sigma, sigma])

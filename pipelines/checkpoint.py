@@ -16,9 +16,9 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -30,60 +30,15 @@ from torch.optim import AdamW
 
 from pipelines.averaging import WeightAverage
 from pipelines.manifest import Entries, write_manifest
-from pipelines.run_storage import STEPS, RunStorage
+from pipelines.progress import TRAINING, Progress, folder_name, progress
+from pipelines.run_storage import RunStorage
 from smolvla.lora import save_adapter
 
 if TYPE_CHECKING:
     from smolvla.modeling import SmolVLAPolicy
 
-TRAINING = "training_state"
 PRETRAINED, ADAPTER = "pretrained_model", "adapter"  # of averaged weights with _ema behind
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside the step count
-
-
-class BadRow(NamedTuple):
-    """A row of the data with images that cannot be used."""
-
-    source: int
-    episode_index: int
-    frame_index: int
-    bad_cameras: int
-    """Bit i: the i-th camera of the stream."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is: all that is needed to go on with the same samples and the same noise."""
-
-    step: int
-    """Optimiser steps done."""
-    samples_seen: int
-    """Position in the stream."""
-    bad_rows: tuple[BadRow, ...] = ()
-    """Rows met so far that could not be used."""
-    val_loss: float | None = None
-    """Of the held-out episodes, if this step was validated."""
-    since_point: tuple[tuple[float, float, float], ...] = ()
-    """Loss, gradient norm and whether it was skipped, of the steps since the last point of the curve."""
-
-
-def folder_name(step: int) -> str:
-    """Name of a checkpoint's folder; deterministic, so that a repeated save replaces instead of leaking."""
-    return f"{STEPS}{step:09d}"
-
-
-def progress(folder: Path) -> Progress:
-    """Where the run was when a checkpoint was taken."""
-    trainer = json.loads((folder / TRAINING / "trainer.json").read_text())
-    rows = tuple(BadRow(*row) for row in trainer.get("bad_rows", []))
-    since_point = tuple((loss, norm, skipped) for loss, norm, skipped in trainer.get("since_point", []))
-    return Progress(
-        step=trainer["step"],
-        samples_seen=trainer["samples_seen"],
-        bad_rows=rows,
-        val_loss=trainer.get("val_loss"),
-        since_point=since_point,
-    )
 
 
 def save(

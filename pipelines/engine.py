@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.averaging import WeightAverage, local
 from pipelines.plan import ADAPTERS, generator_seed, noise_seed
-from smolvla.configuration import ACTION
 from smolvla.data_utils import sample_noise, sample_time
+from smolvla.features import ACTION
 from smolvla.lora import LoRA, add_adapters
 from smolvla.optimization import adamw, clip_gradients, lr_factor
 

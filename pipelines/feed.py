@@ -10,9 +10,11 @@ import ray.train
 import torch
 from torch import Tensor
 
-from pipelines.checkpoint import BadRow
+from pipelines.progress import BadRow
 from pipelines.run import Run
-from pipelines.stream import ROW_IDS, STAGE_SECONDS, ToTorch, unpacked
+from pipelines.samples import ROW_IDS
+from pipelines.stream import STAGE_SECONDS
+from pipelines.tensors import ToTorch, unpacked
 
 
 class Feed:

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.checkpoint import BadRow, Progress
 from pipelines.engine import StepResult
 from pipelines.feed import Feed
+from pipelines.progress import BadRow, Progress
 from pipelines.run import Run
 from pipelines.starvation import WAIT_SHARE, Flow, StarvationLog
 

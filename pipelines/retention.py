@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pipelines.checkpoint import TRAINING
 from pipelines.manifest import MANIFEST
+from pipelines.progress import TRAINING
 
 BEST = "best.json"
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from pipelines.engine import TrainConfig
 from pipelines.retention import Retention
 from pipelines.run_storage import RunStorage
-from pipelines.stream import SampleReader
+from pipelines.samples import SampleReader
 from pipelines.validation import HeldOut
 
 

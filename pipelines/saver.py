@@ -9,8 +9,8 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from pipelines import checkpoint
-from pipelines.checkpoint import Progress
 from pipelines.engine import Engine
+from pipelines.progress import Progress, folder_name
 from pipelines.retention import retain
 from pipelines.run import Run
 from pipelines.run_storage import START
@@ -38,7 +38,7 @@ class Saver:
         self._watch.now(at.step, SAVING)
         self._idle.wait()
         self._idle.clear()
-        run, name = self._run, checkpoint.folder_name(at.step)
+        run, name = self._run, folder_name(at.step)
         finish = checkpoint.save(
             run.storage,
             engine.policy,

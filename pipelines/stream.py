@@ -10,404 +10,28 @@ Shape letters: b micro-batch, H chunk, A action width, S state width, L tokens, 
 """
 
 import functools
-import math
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
-import torch
-from numpy.typing import NDArray
 from ray.data import DataContext, DataIterator, Dataset, Datasource, ExecutionOptions, TaskPoolStrategy
 from ray.data.block import BlockMetadata
-from ray.data.collate_fn import NumpyBatchCollateFn
 from ray.data.datasource import ReadTask
 from ray.train import DataConfig
 
-from pipelines.augmentation import AugmentationConfig, augmented, draws
-from pipelines.dataset import EpisodeDataset
-from pipelines.images import decoded_image, fitted_size, shrunk
-from pipelines.plan import Plan, Rows
-from pipelines.windows import Int64, frame_steps
-from smolvla import data_utils
-from smolvla.data_utils import Normalizer
-from smolvla.processing import PADDING_MASK
+from pipelines.progress import position
+from pipelines.run_storage import RunStorage
+from pipelines.samples import Batch, SampleReader
 
-Batch = dict[str, NDArray[Any]]
-
-BLOCK_BYTES = 32 * 2**20  # of decoded rows; a block costs Ray some 10 ms of CPU whatever is in it
 READ_TASKS = 4
 """Mixing groups read at once; they count as no CPUs: one that waits must not keep a CPU from decoding."""
-READ_THREADS = 16  # files that a task reads at once: object stores take a tenth of a second to answer
-OPEN_FILES = 64  # Parquet footers a worker process keeps parsed; about 100 kB each
-ROW_IDS = ("micro_batch", "source", "epoch", "episode_index", "frame_index", "bad_cameras")
 NUM_WORKERS = "smolvla.num_workers"  # in the dataset's context, which travels with its tasks
 STAGE_SECONDS = "stage_seconds"  # of each row: (b, 2), what a task took to read it and to decode it
-TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamConfig:
-    """How an episode dataset becomes micro-batches."""
-
-    seed: int = 1000
-    """Of the order of samples, and with it of noise and time."""
-    micro_batch: int = 8
-    """Rows a worker takes through the model at once."""
-    mixing_rows: int = 1024
-    """Rows shuffled together; a multiple of `micro_batch`."""
-
-    def __post_init__(self) -> None:
-        for name in ("micro_batch", "mixing_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is below 1")
-        if self.mixing_rows % self.micro_batch:
-            raise ValueError(
-                f"mixing_rows {self.mixing_rows} is not a multiple of micro_batch {self.micro_batch}"
-            )
-        if self.seed < 0:
-            raise ValueError(f"seed {self.seed} is negative")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One dataset of a mixture, with what its rows need on the way to the model."""
-
-    dataset: EpisodeDataset
-    normalizer: Normalizer
-    tokens: NDArray[np.int64]
-    """(tasks, L): the token ids of each task string."""
-    token_mask: NDArray[np.bool_]
-    """(tasks, L): True where a token is real."""
-    weight: float | None = None
-    """Share of the mixture, in any unit; None for all: each its number of frames."""
-    rename: Mapping[str, str] = field(default_factory=dict)
-    """Camera column of the dataset -> camera of the policy; others keep their names."""
-    name: str = ""
-    """What metrics and files call it; empty: the end of its URI."""
-
-    @property
-    def camera_columns(self) -> dict[str, str]:
-        """Camera of the policy -> column of the dataset."""
-        return {self.rename.get(name, name): name for name in self.dataset.camera_names}
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What becomes of one dataset's images of a camera; (height, width) in pixels."""
-
-    stored: tuple[int, int]
-    """As declared; an image of another size cannot be used."""
-    scaled: tuple[int, int]
-    """Resized to this; where the stream hands on larger images, zeros fill the left and the top."""
-
-
-@dataclass(frozen=True)
-class SampleReader:
-    """Turns rows of the plan into encoded rows, and encoded rows into arrays. Knows no Ray."""
-
-    sources: Sequence[Source]
-    config: StreamConfig
-    chunk_size: int
-    """H: actions in a window, in frames of the policy."""
-    image_box: Sequence[int] | None
-    """(width, height) in pixels; larger images are shrunk to fit inside. None: they stay as they are."""
-    fps: float | None = None
-    """Frames a second of the policy; None: each dataset's own. Every frame of the data is still a sample."""
-    num_observations: int = 1
-    """n: moments of state and images in a sample, the last one its own; above 1 they get an axis of it."""
-    augmentation: AugmentationConfig | None = None
-    """Of the micro-batches' images; rows that belong to none, those of validation, stay as they are."""
-
-    def __post_init__(self) -> None:
-        assert self._fits  # refuses image sizes that cannot be brought together
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            f.name: getattr(self, f.name) for f in fields(self)
-        }  # open files and the plan stay in their process
-
-    @functools.cached_property
-    def plan(self) -> Plan:
-        """The order of rows."""
-        weights = [source.weight for source in self.sources]
-        given = [weight for weight in weights if weight is not None]
-        if given and len(given) != len(weights):
-            raise ValueError(f"weights {weights}: give every dataset a weight, or none")
-        return Plan(
-            [source.dataset.row_groups.rows for source in self.sources],
-            weights=given or None,
-            seed=self.config.seed,
-            micro_batch=self.config.micro_batch,
-            mixing_rows=self.config.mixing_rows,
-        )
-
-    @functools.cached_property
-    def camera_names(self) -> list[str]:
-        """Cameras of all datasets under the policy's names; those of the first dataset come first."""
-        return list(dict.fromkeys(name for source in self.sources for name in source.camera_columns))
-
-    @functools.cached_property
-    def cameras_that_some_lack(self) -> list[str]:
-        """Cameras whose rows carry `<camera>_padding_mask`: not every dataset has them."""
-        columns = [source.camera_columns for source in self.sources]
-        return [name for name in self.camera_names if not all(name in has for has in columns)]
-
-    def encoded(self, group: int, *, first: int = 0) -> Iterator[pa.Table]:
-        """The micro-batches of a mixing group from its `first` one on, images still compressed."""
-        per_group = self.plan.batches_per_group
-        numbers = range(group * per_group + first, (group + 1) * per_group)
-        return self.encoded_blocks(group, [[number] for number in numbers])
-
-    def encoded_blocks(self, group: int, blocks: Sequence[Sequence[int]]) -> Iterator[pa.Table]:
-        """For each block the rows of its micro-batches, all of one mixing group, images still compressed."""
-        b, per_group = self.config.micro_batch, self.plan.batches_per_group
-        numbers = np.concatenate([np.array(block, dtype=np.int64) for block in blocks])
-        places = (numbers - group * per_group)[:, None] * b + np.arange(b)
-        table = self.encoded_rows(self.plan.mixing_group(group)[places.reshape(-1)])
-        table = table.append_column("micro_batch", pa.array(np.repeat(numbers, b)))
-        ends = np.cumsum([len(block) * b for block in blocks])
-        for block, end in zip(blocks, ends.tolist(), strict=True):
-            yield table.slice(end - len(block) * b, len(block) * b)
-
-    def encoded_rows(self, rows: Rows) -> pa.Table:
-        """Rows in the order given: read unit by unit, then put in order."""
-        keys = np.stack([rows.source, rows.row_group], axis=1)
-        units, unit_of_row = np.unique(keys, axis=0, return_inverse=True)
-        tables = self._units([(source, unit) for source, unit in units.tolist()])
-        starts = np.cumsum([0] + [len(table) for table in tables])[:-1]
-        place = starts[unit_of_row.reshape(-1)] + rows.offset
-        table = pa.concat_tables(tables).combine_chunks().take(pa.array(place))
-        return table.append_column("source", pa.array(rows.source)).append_column(
-            "epoch", pa.array(rows.epoch)
-        )
-
-    def frame_steps(self, source: int, count: int) -> Int64:
-        """(count,): frames of a dataset between a moment and the policy's frames after it."""
-        fps = self.sources[source].dataset.fps
-        return frame_steps(count, data_fps=fps, policy_fps=self.fps or fps)
-
-    def _units(self, units: Sequence[tuple[int, int]]) -> list[pa.Table]:
-        """The rows of (source, unit) each, several files at a time."""
-        by_file: dict[tuple[int, int], list[int]] = {}
-        for place, (source, unit) in enumerate(units):
-            file = int(self.sources[source].dataset.row_groups.file[unit])
-            by_file.setdefault((source, file), []).append(place)
-
-        def read(places: list[int]) -> list[tuple[int, pa.Table]]:
-            return [(place, self._unit(*units[place])) for place in places]
-
-        remote = any("://" in self.sources[source].dataset.uri for source, _ in by_file)
-        with ThreadPoolExecutor(READ_THREADS if remote else 1) as pool:  # one a file: its reader is for one
-            found = dict(pair for pairs in pool.map(read, by_file.values()) for pair in pairs)
-        return [found[place] for place in range(len(units))]
-
-    def _unit(self, source: int, unit: int) -> pa.Table:
-        """All rows of one row group, with what they need of the frames before and behind it."""
-        dataset = self.sources[source].dataset
-        groups = dataset.row_groups
-        episode, first_frame, rows = (
-            groups.episode[unit],
-            int(groups.first_frame[unit]),
-            int(groups.rows[unit]),
-        )
-        file, cameras = self._file(source, int(groups.file[unit])), self.sources[source].camera_columns
-        columns = ["observation.state", "episode_index", "frame_index", "task_index", *cameras.values()]
-        frames = np.arange(first_frame, first_frame + rows)[:, None]
-        # (rows, n): the moments that each row sees; the first frame stands for those before the episode
-        seen = np.maximum(frames - self.frame_steps(source, self.num_observations)[::-1], 0)
-        read, first_read = self._episode_rows(
-            source, file, unit, columns, first=int(seen.min()), last=int(frames.max())
-        )
-        table = read.slice(first_frame - first_read)
-        expected = (int(dataset.episode_index[episode]), first_frame, first_frame + rows - 1)
-        found = (
-            table["episode_index"][0].as_py(),
-            table["frame_index"][0].as_py(),
-            table["frame_index"][-1].as_py(),
-        )
-        if expected != found:
-            name = f"{dataset.uri}/{dataset.files[groups.file[unit]]}"
-            raise ValueError(
-                f"{name}: row group {groups.group[unit]} holds (episode, frames) {found}, not {expected}"
-            )
-        length = int(dataset.episode_length[episode])
-        window = frames + self.frame_steps(source, self.chunk_size)
-        ahead, _ = self._episode_rows(
-            source, file, unit, ["action"], first=first_frame, last=int(window.max())
-        )
-        chunk = _vectors(ahead["action"])[np.minimum(window, length - 1) - first_frame]  # (rows, H, A)
-        state = _vectors(read["observation.state"])[seen - first_read]  # (rows, n, S)
-        arrays = {"observation.state": state, "action": chunk, "action_is_pad": window >= length}
-        for name, values in arrays.items():
-            flat = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values[0].size)
-            table = table.drop_columns(name) if name in table.column_names else table
-            table = table.append_column(name, flat)
-        table = table.drop_columns(list(cameras.values()))  # all of them first: names may be swapped
-        for name in self.camera_names:
-            encoded = pa.nulls(rows * self.num_observations, pa.large_binary())
-            if name in cameras:
-                encoded = read[cameras[name]].combine_chunks().field("bytes").cast(pa.large_binary())
-                if self.num_observations > 1:
-                    encoded = encoded.take(pa.array((seen - first_read).reshape(-1)))
-            if self.num_observations > 1:
-                encoded = pa.FixedSizeListArray.from_arrays(encoded, self.num_observations)
-            table = table.append_column(name, encoded)
-        return table
-
-    def _episode_rows(
-        self, source: int, file: pq.ParquetFile, unit: int, columns: list[str], *, first: int, last: int
-    ) -> tuple[pa.Table, int]:
-        """The units of the unit's episode with its frames from `first` to `last` or its end; their first."""
-        dataset = self.sources[source].dataset
-        groups, episode = dataset.row_groups, int(dataset.row_groups.episode[unit])
-        start, end = (int(place) for place in dataset.groups_of_episode[episode : episode + 2])
-        low, high = np.searchsorted(groups.first_frame[start:end], [first, last], side="right") + start
-        units = range(int(low) - 1, int(high))
-        window = slice(units.start, units.stop)  # an episode's frames stand one after the other in its file
-        table = file.read_row_groups(groups.group[window].tolist(), columns=columns, use_threads=False)
-        table = table.slice(int(groups.skip[units.start]), int(groups.rows[window].sum()))
-        return table, int(groups.first_frame[units.start])
-
-    @functools.cached_property
-    def _file(self) -> Callable[[int, int], pq.ParquetFile]:
-        """(source, number of the file) -> the open file."""
-        return functools.lru_cache(OPEN_FILES)(
-            lambda source, number: self.sources[source].dataset.open_file(number)
-        )
-
-    def decoded(self, batch: pa.Table) -> Batch:
-        """Encoded rows -> arrays: images uint8 (b, h, w, 3), the rest float32, int64 and bool.
-
-        With several observations images are (b, n, h, w, 3) and states (b, n, S).
-        """
-        b, n = len(batch), self.num_observations
-        out: Batch = {name: batch[name].to_numpy() for name in ROW_IDS if name in batch.column_names}
-        out["action_is_pad"] = _vectors(batch["action_is_pad"])
-        state = _vectors(batch["observation.state"])
-        state = state.reshape(b, n, -1) if n > 1 else state
-        action = _vectors(batch["action"]).reshape(b, self.chunk_size, -1)
-        task = batch["task_index"].to_numpy()
-        out["observation.state"], out["action"] = np.empty_like(state), np.empty_like(action)
-        width = max(source.tokens.shape[1] for source in self.sources)
-        out[TOKENS], out[TOKEN_MASK] = np.zeros((b, width), dtype=np.int64), np.zeros((b, width), dtype=bool)
-        for number, source in enumerate(self.sources):
-            mine = np.flatnonzero(out["source"] == number)
-            for name, values in (("observation.state", state), ("action", action)):
-                out[name][mine] = source.normalizer.normalize(name, values[mine])
-            tokens = source.tokens.shape[1]
-            out[TOKENS][mine, :tokens] = source.tokens[task[mine]]
-            out[TOKEN_MASK][mine, :tokens] = source.token_mask[task[mine]]
-        out["bad_cameras"] = np.zeros(b, dtype=np.int64)
-        for number, camera in enumerate(self.camera_names):
-            if camera in self.cameras_that_some_lack:
-                has = [(source, camera) in self._fits for source in out["source"].tolist()]
-                out[PADDING_MASK.format(camera)] = np.array(has)
-            self._add_images(out, batch[camera], number=number)
-        # Nothing is learned from a row that nobody can see.
-        out["action_is_pad"] = out["action_is_pad"] | (out["bad_cameras"] != 0)[:, None]
-        return out
-
-    def _add_images(self, out: Batch, column: pa.ChunkedArray, *, number: int) -> None:
-        """Add the images of camera `number` to `out`, and to its `bad_cameras` where there should be one."""
-        b, n, camera = len(column), self.num_observations, self.camera_names[number]
-        height, width = self.image_size(camera)
-        images = np.zeros((b * n, height, width, 3), dtype=np.uint8)
-        fits = [self._fits.get((source, camera)) for source in out["source"].tolist()]
-        augment = self._augmentation(out, number)
-        for i, stored in enumerate(column.combine_chunks().flatten() if n > 1 else column):
-            fit = fits[i // n]
-            if fit is None:
-                continue
-            place = images[i, height - fit.scaled[0] :, width - fit.scaled[1] :]
-            if not _decoded_into(place, stored.as_py(), fit):
-                out["bad_cameras"][i // n] |= 1 << number
-            elif augment:
-                place[...] = augment(place, i // n)
-        out[camera] = images.reshape(b, n, height, width, 3) if n > 1 else images
-
-    def _augmentation(self, batch: Batch, camera: int) -> Callable[[Any, int], Any] | None:
-        """(image, row) -> image; the batch holds whole micro-batches, and a history is treated alike."""
-        config = self.augmentation
-        if config is None or not config.is_on or "micro_batch" not in batch:
-            return None
-        numbers, b, seed = batch["micro_batch"], self.config.micro_batch, self.config.seed
-        return lambda image, row: augmented(
-            image, config, draws(seed, micro_batch=int(numbers[row]), row=row % b, camera=camera)
-        )
-
-    def image_size(self, camera: str) -> tuple[int, int]:
-        """(h, w) of a camera's images as the stream hands them on.
-
-        Shrunk to fit the box, never enlarged; where the datasets then differ, the whole box.
-        """
-        sizes = {self._shrunk_size(fit.stored) for (_, name), fit in self._fits.items() if name == camera}
-        if len(sizes) == 1:
-            return sizes.pop()
-        assert self.image_box is not None
-        return self.image_box[1], self.image_box[0]
-
-    @property
-    def batches_per_block(self) -> int:
-        """Micro-batches of one worker that travel together."""
-        pixels = sum(math.prod(self.image_size(camera)) for camera in self.camera_names)
-        return max(BLOCK_BYTES // (3 * pixels * self.num_observations * self.config.micro_batch), 1)
-
-    def _shrunk_size(self, stored: tuple[int, int]) -> tuple[int, int]:
-        if self.image_box is None:
-            return stored
-        return fitted_size(*stored, box=(self.image_box[0], self.image_box[1]))
-
-    @functools.cached_property
-    def _fits(self) -> dict[tuple[int, str], Fit]:
-        """(number of the source, camera) -> what becomes of its images."""
-        fits: dict[tuple[int, str], Fit] = {}
-        for camera in self.camera_names:
-            stored = {
-                number: source.dataset.image_size(source.camera_columns[camera])
-                for number, source in enumerate(self.sources)
-                if camera in source.camera_columns
-            }
-            scaled = {number: self._shrunk_size(size) for number, size in stored.items()}
-            if len(set(scaled.values())) > 1:
-                if self.image_box is None:
-                    sizes = {self.sources[number].dataset.uri: size for number, size in stored.items()}
-                    raise ValueError(
-                        f"{camera!r} has several sizes (height, width), {sizes}, and this policy's "
-                        "resize_imgs_with_padding is null: it takes images as they are"
-                    )
-                # The policy would leave these as they are, so this is its own resizing, done earlier.
-                box = self.image_box
-                scaled = {number: data_utils.fitted_size(*size, box) for number, size in stored.items()}
-            fits |= {(number, camera): Fit(stored[number], scaled[number]) for number in stored}
-        return fits
-
-
-def _decoded_into(place: NDArray[np.uint8], encoded: bytes | None, fit: Fit) -> bool:
-    """Fill (h, w, 3) RGB; False if the image cannot be decoded, or has not the declared size.
-
-    Resizing is bilinear without antialiasing, as in the reference; it differs from the reference's float
-    arithmetic by rounding to whole levels.
-    """
-    image = decoded_image(encoded)
-    if image is None or image.shape[:2] != fit.stored:
-        return False
-    shrunk(np.asarray(image, dtype=np.uint8), size=fit.scaled, out=place)
-    return True
-
-
-def _vectors(column: pa.ChunkedArray) -> NDArray[Any]:
-    """A list column (or a scalar one, LeRobot's shape (1,)) as (rows, width)."""
-    array = column.combine_chunks()
-    flat = array.flatten() if pa.types.is_nested(column.type) else array
-    return flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 
 class SpanDatasource(Datasource):
@@ -527,6 +151,26 @@ class DealtToWorkers(DataConfig):
         return super().configure(datasets, world_size, *args, **kwargs)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamFromCheckpoint:
+    """What Ray Train calls in its controller whenever it (re)starts the workers: the stream from there on."""
+
+    reader: SampleReader
+    storage: RunStorage
+    """Of the run."""
+    board: Any
+    """The actor that is told that new workers begin."""
+    num_micro_batches: int
+    """Of the whole run."""
+    most_workers: int
+
+    def __call__(self) -> Dataset:
+        ray.get(self.board.begin.remote())
+        start = position(self.storage).samples_seen // self.reader.config.micro_batch
+        # One more for each worker, whose first one says where the stream starts: also when no step is left.
+        return micro_batches(self.reader, start=start, stop=self.num_micro_batches + self.most_workers)
+
+
 def _packed(table: pa.Table) -> pa.Array:
     """A table as one value."""
     sink = pa.BufferOutputStream()
@@ -535,32 +179,3 @@ def _packed(table: pa.Table) -> pa.Array:
     data = sink.getvalue()
     offsets = pa.py_buffer(np.array([0, data.size], dtype=np.int64))
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
-
-
-class ToTorch(NumpyBatchCollateFn):
-    """A batch or a block of them -> tensors that share its memory; images become (.., 3, h, w) views."""
-
-    def __init__(self) -> None:
-        self.busy_s = 0.0
-
-    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
-        started = time.perf_counter()
-        if "micro_batch" in batch and batch["micro_batch"].ndim == 2:
-            batch = {name: values[0] for name, values in batch.items()}  # a block is one row
-        with warnings.catch_warnings():
-            # The blocks lie read-only in the object store, and nothing here writes to them.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
-        # (..., h, w, 3) -> (..., 3, h, w)
-        tensors = {name: t.movedim(-1, -3) if t.dim() > 3 else t for name, t in tensors.items()}
-        self.busy_s += time.perf_counter() - started
-        return tensors
-
-
-def unpacked(
-    blocks: Iterable[dict[str, torch.Tensor]], micro_batch: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The micro-batches of blocks, as views."""
-    for block in blocks:
-        for first in range(0, len(block["micro_batch"]), micro_batch):
-            yield {name: rows[first : first + micro_batch] for name, rows in block.items()}

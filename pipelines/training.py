@@ -4,8 +4,9 @@ The mathematics of a step is in `pipelines.engine`.
 """
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.data import Dataset
 from ray.train import (
     CheckpointConfig,
     FailureConfig,
@@ -27,16 +27,19 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines import checkpoint
 from pipelines.board import Wish, start_board
-from pipelines.checkpoint import Progress
 from pipelines.engine import Engine
 from pipelines.feed import Feed
 from pipelines.meter import Meter
+from pipelines.progress import Progress, folder_name
 from pipelines.run import Run
-from pipelines.run_storage import START, RunStorage
+from pipelines.run_storage import START
+from pipelines.samples import SampleReader
 from pipelines.saver import Saver
-from pipelines.stream import DealtToWorkers, SampleReader, micro_batches
+from pipelines.stream import DealtToWorkers, StreamFromCheckpoint
 from pipelines.validation import Validation
 from pipelines.watch import IN_STEP, WAITING, Agreement, Watch
+
+NAMED_WITHIN_S = 5.0  # that workers have to say for whom they waited in vain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +63,11 @@ def fit(
     Raises:
         ray.train.TrainingFailedError: the workers failed more than `cluster.max_failures` times.
     """
-    # Ray Train reads these from the driver's environment. A process that is stopped answers no poll: it is
-    # named and killed. A placement group that was asked for just before a node was found dead is asked for
-    # again after the second.
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(run.collective_timeout_s)
+    # Ray Train reads these from the driver's environment. A process that is stopped answers no poll: the
+    # others name it when their wait is over, and soon after that Ray kills it. A placement group that was
+    # asked for just before a node was found dead is asked for again after the second.
+    health_timeout_s = run.collective_timeout_s + NAMED_WITHIN_S
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(health_timeout_s)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     run = replace(run, board=run.board or start_board())
     filesystem, root = run.storage.place()
@@ -72,9 +76,16 @@ def fit(
     with contextlib.suppress(FileNotFoundError):
         run.storage.delete_file("checkpoint_manager_snapshot.json")
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
+    workers = cluster.num_workers
+    stream = StreamFromCheckpoint(
+        reader=reader,
+        storage=run.storage,
+        board=run.board,
+        num_micro_batches=run.train.steps * run.train.micro_batches,
+        most_workers=workers if isinstance(workers, int) else workers[1],
+    )
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"run": run},
+        functools.partial(train_worker, run),  # only the workers unpack it: the controller needs no model
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
@@ -87,36 +98,14 @@ def fit(
             callbacks=list(callbacks or []),
         ),
         torch_config=TorchConfig(timeout_s=int(run.collective_timeout_s)),
-        datasets={"train": _dataset_at_position(run, reader, cluster)},
+        datasets={"train": stream},
         dataset_config=DealtToWorkers(),
     )
     return trainer.fit()
 
 
-def position(storage: RunStorage) -> Progress:
-    """Where a run would go on: at its newest good checkpoint, or at the start."""
-    folder = storage.newest()
-    return checkpoint.progress(folder) if folder else Progress(step=0, samples_seen=0)
-
-
-def _dataset_at_position(run: Run, reader: SampleReader, cluster: Cluster) -> Callable[[], Dataset]:
-    """Ray Train calls the function in its controller whenever it (re)starts the workers."""
-    workers = cluster.num_workers
-    most = workers if isinstance(workers, int) else workers[1]
-
-    def build() -> Dataset:
-        ray.get(run.board.begin.remote())
-        start = position(run.storage).samples_seen // run.train.micro_batch
-        # One more for each worker, whose first one says where the stream starts: also when no step is left.
-        stop = run.train.steps * run.train.micro_batches + most
-        return micro_batches(reader, start=start, stop=stop)
-
-    return build
-
-
-def train_worker(config: dict[str, Any]) -> None:
+def train_worker(run: Run) -> None:
     """What each Ray Train worker runs."""
-    run: Run = config["run"]
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -183,17 +172,19 @@ def _restored(run: Run, samples_seen: int, device: torch.device) -> tuple[Engine
     """Policy and optimiser at the position that the stream was built for."""
     # Here and not above: Ray's controller and data actors import this module too, and have no use for the
     # model.
+    from smolvla.configuration import SmolVLAConfig
     from smolvla.modeling import SmolVLAPolicy
     from smolvla.processing import SmolVLAProcessor
 
     step, rest = divmod(samples_seen, run.train.batch_size)
     assert rest == 0, f"the stream starts at sample {samples_seen}, inside a step of {run.train.batch_size}"
     start = run.storage.fetched(START)
-    folder = run.storage.fetched(checkpoint.folder_name(step)) if step else start
+    folder = run.storage.fetched(folder_name(step)) if step else start
     # what is saved of a policy with adapters has them merged into its weights
     source = folder / checkpoint.PRETRAINED if step and not run.train.lora else start
-    policy = SmolVLAPolicy.from_pretrained(source)
-    policy.processor = SmolVLAProcessor.from_pretrained(source, policy.config)  # before retention deletes it
+    # Retention will delete the checkpoint: what is read later must come from start/, as the VLM's files do.
+    policy = SmolVLAPolicy.from_pretrained(source, SmolVLAConfig.from_pretrained(start))
+    policy.processor = SmolVLAProcessor.from_pretrained(source, policy.config)
     engine = Engine(policy.to(device).train(), run.train)
     at = Progress(step=0, samples_seen=0)
     if step:

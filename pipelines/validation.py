@@ -24,7 +24,8 @@ from torch import Tensor
 
 from pipelines.dataset import EpisodeDataset, Int64
 from pipelines.plan import HELD_OUT, VALIDATION_NOISE, Rows, generator_seed, random_order
-from pipelines.stream import Batch, SampleReader, Source, ToTorch
+from pipelines.samples import Batch, SampleReader, Source
+from pipelines.tensors import ToTorch
 from smolvla.data_utils import sample_noise, sample_time
 
 if TYPE_CHECKING:

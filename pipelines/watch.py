@@ -90,7 +90,7 @@ class Watch:
 
     def _tell(self) -> None:
         warned = 0.0
-        while not self._closed.wait(BEAT_EVERY_S):
+        while True:
             since, beat = self._at
             for_s = time.monotonic() - since
             try:
@@ -101,6 +101,8 @@ class Watch:
             if for_s > 0.9 * self._timeout_s and since != warned:
                 warned = since
                 LOG.error("no step ended for %.0f s: %s", for_s, self._diagnosis())
+            if self._closed.wait(BEAT_EVERY_S):
+                return
 
 
 def suspects(beats: list[Beat]) -> list[Beat]:

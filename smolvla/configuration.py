@@ -7,21 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file
 
-Feature: TypeAlias = dict[str, Any]
-"""One entry of `input_features` or `output_features`: {"type": "VISUAL", "shape": [3, 480, 640]}."""
+from .features import ACTION, CAMERA_PREFIX, FEATURE_TYPES, NORMALIZATION_MODES, STATE, Feature
 
-STATE = "observation.state"
-ACTION = "action"
-CAMERA_PREFIX = (
-    "observation.image"  # `observation.images.<camera>`; older checkpoints say `observation.image2`
-)
-FEATURE_TYPES = ("VISUAL", "STATE", "ACTION", "ENV", "LANGUAGE", "REWARD")
-NORMALIZATION_MODES = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")
 ALOHA_JOINTS = 14
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

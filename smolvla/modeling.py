@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import AutoTokenizer
 
-from .configuration import ACTION, STATE, SmolVLAConfig, checkpoint_file
+from .configuration import SmolVLAConfig, checkpoint_file
 from .data_utils import (
     decode_aloha_actions,
     decode_aloha_state,
@@ -30,6 +30,7 @@ from .data_utils import (
     sample_time,
     sinusoidal_time,
 )
+from .features import ACTION, STATE
 from .lora import LoRA, merged
 from .normalization import has_statistics, without_buffers
 from .processing import IL_STUDIO, IL_STUDIO_IMAGE, TOKENS, TOKENS_MASK, SmolVLAProcessor
@@ -227,7 +228,7 @@ class SmolVLAPolicy(nn.Module):
         if not (config.load_vlm_weights or allow_random_vlm):
             refuse_frozen_random_vlm(config)
         self.config = config
-        self.vlm_source = config.vlm_source() if vlm_folder is None else str(vlm_folder)
+        self.vlm_source = config.vlm_source() if vlm_folder is None else str(Path(vlm_folder).resolve())
         self.model = VLAFlowMatching(config, self.vlm_source)
         self._check_image_box()
         # Kept, because FSDP2 changes a policy that is asked for its state while another thread trains it.
@@ -640,11 +641,14 @@ class SmolVLAPolicy(nn.Module):
 
         A VLM that came from a folder is copied (configuration, tokenizer, processor; no weights) to `vlm/`
         inside, so that the checkpoint needs nothing else.
+
+        Raises:
+            FileNotFoundError: that folder is gone by now.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.config
-        if Path(self.vlm_source).is_dir():
-            copy_vlm_files(Path(self.vlm_source), folder / VLM_FOLDER)
+        config, source = self.config, Path(self.vlm_source)
+        if source.is_absolute():
+            copy_vlm_files(source, folder / VLM_FOLDER)
             # LeRobot would look for the VLM's weights there; the checkpoint holds them already.
             config = config.changed(vlm_model_name=VLM_FOLDER, load_vlm_weights=False)
         processor = self._exported_processor(stats)

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .configuration import Feature, SmolVLAConfig, checkpoint_file
-from .data_utils import EPS, Normalizer
+from .configuration import SmolVLAConfig, checkpoint_file
+from .features import EPS, Feature, Normalizer
 
 Statistics = dict[str, dict[str, Any]]
 """{feature: {statistic: value}} as in `meta/stats.json`."""

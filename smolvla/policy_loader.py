@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from .configuration import ACTION, FIELDS, STATE, Feature, SmolVLAConfig
+from .configuration import FIELDS, SmolVLAConfig
+from .features import ACTION, STATE, Feature
 from .modeling import SmolVLAPolicy
 from .processing import SmolVLAProcessor, data_collator
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .configuration import ACTION, STATE, SmolVLAConfig
+from .configuration import SmolVLAConfig
 from .data_utils import tokenize_tasks
+from .features import ACTION, PADDING_MASK, STATE
 from .normalization import (
     NormalizationFiles,
     dataset_names,
@@ -27,7 +28,6 @@ TASK = "task"
 IS_PAD = "action_is_pad"
 TOKENS = "observation.language.tokens"
 TOKENS_MASK = "observation.language.attention_mask"
-PADDING_MASK = "{}_padding_mask"
 # IL-Studio's names; its `image` holds all cameras and is taken apart.
 IL_STUDIO = {"state": STATE, "action": ACTION, "is_pad": IS_PAD, "raw_lang": TASK}
 IL_STUDIO_IMAGE = "image"

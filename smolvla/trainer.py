@@ -19,8 +19,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
-from .configuration import ACTION
 from .data_utils import sample_noise, sample_time
+from .features import ACTION
 from .modeling import SmolVLAPolicy
 from .optimization import adamw, lr_factor
 from .processing import SmolVLAProcessor

@@ -1,4 +1,4 @@
-"""Toys that tests train on and watch with; importable in Ray workers."""
+"""Toys that tests train on and watch with; importable in Ray workers, of which many have no torch."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.torch import load_file
 
+from pipelines.samples import Batch, SampleReader
 from pipelines.sources import Episode, Listing, Unit
 
 LENGTHS = (17, 40, 33, 16, 1, 25, 48, 31, 12, 29, 37, 31)  # 320 frames: every boundary of a 16-row group
@@ -123,6 +123,33 @@ class FileWriter:
         pass
 
 
+@dataclass(frozen=True)
+class PacedWriter(FileWriter):
+    """Holds every step up, so that a run has a middle."""
+
+    pace_s: float = 0.2
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        super().log(step, metrics)
+        time.sleep(self.pace_s)
+
+
+@dataclass(frozen=True)
+class HeldUpReader(SampleReader):
+    """The first process that decodes a late micro-batch writes its pid down and waits for its death."""
+
+    pid_file: Path = Path()
+    late: int = 100
+
+    def decoded(self, batch: pa.Table) -> Batch:
+        if max(batch["micro_batch"].to_pylist()) >= self.late and not self.pid_file.exists():
+            partial = self.pid_file.with_suffix(".partial")
+            partial.write_text(str(os.getpid()))
+            partial.rename(self.pid_file)
+            time.sleep(600)
+        return super().decoded(batch)
+
+
 def with_cut_image(source: Path, target: Path, *, episode: int, frame: int, camera: str) -> None:
     """Copy a dataset; of one image only the first half stays, as a broken disk or transfer leaves it."""
     shutil.copytree(source, target)
@@ -140,6 +167,8 @@ def with_cut_image(source: Path, target: Path, *, episode: int, frame: int, came
 
 def golden_rows(micro_batch: int, *, shift: float = 0.01) -> tuple[Any, Callable[[int], dict[str, Any]]]:
     """LeRobot's golden policy, and its batch's rows as micro-batch m, shifted by m so that they differ."""
+    from safetensors.torch import load_file
+
     from smolvla import SmolVLAPolicy
 
     folder = Path(__file__).parent / "golden/default"

@@ -18,6 +18,7 @@ from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 from pipelines import checkpoint
+from pipelines.progress import Progress, progress
 from pipelines.run_storage import RunStorage
 from smolvla.configuration import SmolVLAConfig
 from smolvla.modeling import SmolVLAPolicy
@@ -69,7 +70,7 @@ def saving_rank(rank, folder, store, first, begun):
     begun.send(os.getpid())
     for step in itertools.count(first):
         set_to(policy, optimizer, step)
-        at = checkpoint.Progress(step=step, samples_seen=8 * step)
+        at = Progress(step=step, samples_seen=8 * step)
         finish = checkpoint.save(
             RunStorage(folder=folder), policy, optimizer, at=at, identity={}, group=group
         )
@@ -142,13 +143,13 @@ def test_a_save_killed_at_twenty_random_moments_leaves_the_previous_checkpoint_o
     newest = storage.newest()
     for _ in range(NUM_KILLS):
         assert newest is not None
-        before = checkpoint.progress(newest).step
+        before = progress(newest).step
         ranks, told = start(forks, tmp_path, before + 1)
         time.sleep(rng.uniform(0, 1.1 * duration_s))
         kill(ranks[::-1] if rng.random() < 0.5 else ranks)
         newest = storage.newest()
         assert newest is not None
-        after = checkpoint.progress(newest).step
+        after = progress(newest).step
         assert after >= before
         assert_exact(newest, after, policy, optimizer)
         outcomes.append(after - before)
@@ -166,7 +167,7 @@ def two_checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "two"
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for step in (10, 20):
-        at = checkpoint.Progress(step=step, samples_seen=8 * step)
+        at = Progress(step=step, samples_seen=8 * step)
         checkpoint.save(RunStorage(folder=folder), *trained(step), at=at, identity={}, group=saver_group())()
     dist.destroy_process_group()
     return folder
@@ -227,7 +228,7 @@ def test_a_checkpoint_in_an_object_store_is_verified_on_its_way_back_and_a_damag
     group, (policy, optimizer) = saver_group(), trained(0)
     for step in (10, 20, 20):  # the second time what is there is replaced
         set_to(policy, optimizer, step)
-        at = checkpoint.Progress(step=step, samples_seen=8 * step)
+        at = Progress(step=step, samples_seen=8 * step)
         checkpoint.save(stored, policy, optimizer, at=at, identity={}, group=group)()
     assert stored.checkpoints() == ["step_000000020", "step_000000010"]
     assert not list(stored.folder.glob("staging/*/*")), "what was uploaded stays on the node"

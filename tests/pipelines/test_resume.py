@@ -13,13 +13,14 @@ from toys import golden_rows, spawned
 
 from pipelines import checkpoint
 from pipelines.engine import Engine
+from pipelines.progress import Progress, folder_name
 from pipelines.run_storage import RunStorage
 from smolvla import SmolVLAPolicy
 from smolvla.lora import LoRA
 
 GOLDEN = Path("tests/golden/default").absolute()
 SAVED, STEPS = 2, 4
-LAST = checkpoint.folder_name(STEPS)
+LAST = folder_name(STEPS)
 KINDS = {
     "averaged": {"ema_decay": 0.3},
     "adapted": {"ema_decay": 0.3, "lora": LoRA(rank=2, alpha=4.0, train_fully=("action_out_proj",))},
@@ -44,7 +45,7 @@ def engine_of(kind, parallel):
 
 
 def saved(engine, folder, step, group):
-    at = checkpoint.Progress(step=step, samples_seen=step * TRAIN.batch_size)
+    at = Progress(step=step, samples_seen=step * TRAIN.batch_size)
     more = {"average": engine.average, "base": str(GOLDEN)}
     checkpoint.save(
         RunStorage(folder=folder), engine.policy, engine.optimizer, at=at, identity={}, group=group, **more
@@ -65,7 +66,7 @@ def runs(folder):
             saved(engine, folder / f"{kind}_{parallel}", STEPS, group)
         for first, second in WAYS:
             engine, rows = engine_of(kind, second)
-            middle = folder / f"{kind}_{first}" / checkpoint.folder_name(SAVED)
+            middle = folder / f"{kind}_{first}" / folder_name(SAVED)
             at = checkpoint.load(middle, engine.policy, engine.optimizer, engine.average)
             name = f"{kind}_{first}_{second}"
             found[name] = steps(engine, range(at.step + 1, STEPS + 1), rows)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipelines.checkpoint import TRAINING, folder_name
 from pipelines.manifest import MANIFEST
+from pipelines.progress import TRAINING, folder_name
 from pipelines.retention import BEST, Retention, retain
 from pipelines.run_storage import RunStorage
 

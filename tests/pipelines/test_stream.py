@@ -1,6 +1,8 @@
 """The stream: real Parquet through real Ray Data, every number compared with the episodes it came from."""
 
 import io
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,17 +14,11 @@ from PIL import Image
 from toys import LENGTHS, TASKS, with_cut_image
 
 from pipelines.dataset import open_dataset
-from pipelines.stream import (
-    SampleReader,
-    Source,
-    StreamConfig,
-    ToTorch,
-    deal,
-    micro_batches,
-    shares,
-    unpacked,
-)
-from smolvla.data_utils import Normalizer, tokenize_tasks
+from pipelines.samples import SampleReader, Source, StreamConfig
+from pipelines.stream import deal, micro_batches, shares
+from pipelines.tensors import ToTorch, unpacked
+from smolvla.data_utils import tokenize_tasks
+from smolvla.features import Normalizer
 
 H = 10
 
@@ -194,6 +190,13 @@ def test_ray_gives_worker_r_the_micro_batches_of_the_plan_from_any_position(read
             assert numbers == [[m] * 8 for m in range(start + rank, start + 6, workers)]
             for batch in batches:
                 assert_same_batch(batch, expected[int(batch["micro_batch"][0])], reader.camera_names)
+
+
+def test_a_process_that_decodes_waits_for_no_import_of_torch_and_transformers():
+    """Ray starts many of them, and each would hold 280 MB of its own."""
+    script = "import sys, pipelines.stream; print(*{'torch', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def consumed(split):

@@ -9,7 +9,8 @@ from PIL import Image
 
 from jobs import training_data
 from jobs.training_data import DatasetOptions
-from pipelines.stream import ROW_IDS, SampleReader, StreamConfig, ToTorch
+from pipelines.samples import ROW_IDS, SampleReader, StreamConfig
+from pipelines.tensors import ToTorch
 from smolvla.configuration import SmolVLAConfig
 from smolvla.data_utils import resize_with_pad
 from smolvla.modeling import SmolVLAPolicy

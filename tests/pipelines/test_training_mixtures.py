@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import CLUSTER, losses, points
+from runs import CLUSTER, losses, losses_alone, points
 from toys import LENGTHS, FileWriter
 
 from jobs.train_smolvla import TrainJob, prepare, write_start
@@ -54,7 +54,10 @@ def prepared(episodes, other_episodes, tmp_path_factory):
     return found
 
 
-def trained(prepared, folder, *, num_workers):
+@pytest.fixture(scope="module")
+def run(ray_session, prepared, tmp_path_factory):
+    """On two workers."""
+    folder = tmp_path_factory.mktemp("runs") / "mixture"
     folder.mkdir()
     shutil.copytree(prepared.folder / "start", folder / "start")
     run = Run(
@@ -66,15 +69,8 @@ def trained(prepared, folder, *, num_workers):
         writer=FileWriter(folder / "points.jsonl"),
         keep=Retention(newest=1),
     )
-    training.fit(run, prepared.reader, replace(CLUSTER, num_workers=num_workers))
+    training.fit(run, prepared.reader, CLUSTER)
     return run
-
-
-@pytest.fixture(scope="module")
-def runs(ray_session, prepared, tmp_path_factory):
-    """The same run on one worker and on two."""
-    folder = tmp_path_factory.mktemp("runs")
-    return [trained(prepared, folder / f"on_{workers}", num_workers=workers) for workers in (1, 2)]
 
 
 def rows_in_order(run):
@@ -87,15 +83,17 @@ def rows_in_order(run):
     return [row for number in sorted(batches) for row in batches[number]]
 
 
-def test_one_worker_and_two_draw_the_same_curve_over_the_same_rows(runs):
-    one, two = runs
-    assert sorted(losses(one)) == list(range(1, STEPS + 1))
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    assert rows_in_order(two) == rows_in_order(one)
+def test_two_workers_on_ray_draw_the_curve_of_one_process_over_the_rows_of_the_plan(run, prepared):
+    expected = losses_alone(prepared.train, prepared.reader, prepared.folder / "start")
+    assert sorted(expected) == list(range(1, STEPS + 1))
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
+    groups = [prepared.reader.plan.mixing_group(g).source for g in range(-(-STEPS * BATCH // MIXING))]
+    planned = [source for group in groups for source in group.tolist()]
+    assert [row[0] for row in rows_in_order(run)] == planned[: STEPS * BATCH]
 
 
-def test_the_shares_are_exact_at_every_row_and_no_row_comes_twice(runs):
-    rows = rows_in_order(runs[1])
+def test_the_shares_are_exact_at_every_row_and_no_row_comes_twice(run):
+    rows = rows_in_order(run)
     assert len(rows) == STEPS * BATCH == len(set(rows))
     taken = 0
     for position, row in enumerate(rows, start=1):
@@ -105,18 +103,18 @@ def test_the_shares_are_exact_at_every_row_and_no_row_comes_twice(runs):
     assert {row[2] for row in rows if row[0] == 0} <= set(range(len(LENGTHS)))
 
 
-def test_metrics_tell_each_datasets_share_and_epochs(runs):
-    last = points(runs[1])[-1]
+def test_metrics_tell_each_datasets_share_and_epochs(run):
+    last = points(run)[-1]
     assert last["train/epoch"] == pytest.approx(80 / (320 + 96))
     assert last["train/epoch/slow"] == pytest.approx(60 / 320)
     assert last["train/epoch/faster"] == pytest.approx(20 / 96)
-    for point in points(runs[1]):
+    for point in points(run):
         assert point["data/share/slow"] + point["data/share/faster"] == pytest.approx(1)
         assert abs(point["data/share/slow"] - 0.75) <= 1 / BATCH
 
 
-def test_a_checkpoint_carries_the_processors_of_both_datasets_and_none_augments(runs, prepared):
-    folder = runs[1].folder / f"step_{STEPS:09d}" / "pretrained_model"
+def test_a_checkpoint_carries_the_processors_of_both_datasets_and_none_augments(run, prepared):
+    folder = run.folder / f"step_{STEPS:09d}" / "pretrained_model"
     exported = SmolVLAProcessor.from_pretrained(folder)
     assert exported.files.rename == {SIDE: WRIST}
     for name, dataset in zip(("slow", "faster"), prepared.data.datasets, strict=True):

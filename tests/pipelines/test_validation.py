@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from runs import one_process
 from toys import LENGTHS, TASKS, spawned, with_cut_image
 
 from pipelines.dataset import open_dataset
 from pipelines.engine import Engine, TrainConfig
 from pipelines.plan import VALIDATION_NOISE, generator_seed
-from pipelines.stream import SampleReader, Source, StreamConfig, ToTorch
+from pipelines.samples import SampleReader, Source, StreamConfig
+from pipelines.tensors import ToTorch
 from pipelines.validation import (
     DRAWS,
     HeldOut,
@@ -25,7 +27,8 @@ from pipelines.validation import (
     split,
 )
 from smolvla.configuration import SmolVLAConfig
-from smolvla.data_utils import Normalizer, sample_noise, sample_time, tokenize_tasks
+from smolvla.data_utils import sample_noise, sample_time, tokenize_tasks
+from smolvla.features import Normalizer
 from smolvla.modeling import SmolVLAPolicy
 
 VLM = Path("tests/golden/tiny_vlm").absolute()
@@ -94,15 +97,6 @@ def alone(episodes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     with one_process():
         return measured(episodes, folder), folder
-
-
-class one_process:  # noqa: N801 -- a context
-    def __enter__(self):
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-    def __exit__(self, *_):
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from toys import LENGTHS
 
 from jobs import training_data
 from jobs.training_data import DatasetOptions
-from pipelines.stream import ROW_IDS, SampleReader, StreamConfig, ToTorch
+from pipelines.samples import ROW_IDS, SampleReader, StreamConfig
+from pipelines.tensors import ToTorch
 from pipelines.windows import frame_steps
 from smolvla.configuration import SmolVLAConfig
 from smolvla.modeling import SmolVLAPolicy

@@ -45,6 +45,14 @@ def test_a_round_trip_is_bit_identical_and_needs_no_other_folder(tmp_path):
     assert same_weights(policy, SmolVLAPolicy.from_pretrained(tmp_path / "moved"))
 
 
+def test_a_checkpoint_is_not_written_without_the_files_of_its_vlm(tmp_path):
+    random_policy(config()).save_pretrained(tmp_path / "deleted")
+    policy = SmolVLAPolicy.from_pretrained(tmp_path / "deleted")
+    shutil.rmtree(tmp_path / "deleted")
+    with pytest.raises(FileNotFoundError, match="deleted/vlm"):
+        policy.save_pretrained(tmp_path / "saved")
+
+
 def test_lerobots_file_keeps_every_tensor_and_field():
     golden = Golden("default")
     policy = golden.policy()

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from parity import GOLDEN, TINY
 
 from smolvla.data_utils import (
-    Normalizer,
     decode_aloha_actions,
     decode_aloha_state,
     encode_aloha_actions,
@@ -21,6 +20,7 @@ from smolvla.data_utils import (
     sinusoidal_time,
     tokenize_tasks,
 )
+from smolvla.features import Normalizer
 
 FEATURES = {
     "observation.images.top": {"type": "VISUAL", "shape": [3, 4, 4]},
