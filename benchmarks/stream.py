@@ -260,7 +260,7 @@ def rate(batches: Iterator[int], *, rows: int) -> dict[str, float]:
         seen += count
         if seen >= rows:
             break
-    found = {"wall": seen / (time.perf_counter() - started), "cpu": seen / (cpu_seconds() - cpu)}
+    found = {"wall": seen / (time.perf_counter() - started), "cpu": seen / cpu_since(cpu)}
     del batches  # ends the side's processes, or its Ray Data execution
     return found
 
@@ -277,16 +277,21 @@ def medians(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
     }
 
 
-def cpu_seconds() -> float:
-    """Of this process and its descendants; those that ended since the last call are lost."""
-    total = 0.0
+def cpu_seconds() -> dict[int, float]:
+    """Process id -> CPU seconds, of this process and its descendants."""
+    found = {}
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         try:
             times = process.cpu_times()
-            total += times.user + times.system
         except psutil.Error:
             continue
-    return total
+        found[process.pid] = times.user + times.system
+    return found
+
+
+def cpu_since(before: dict[int, float]) -> float:
+    """CPU seconds since then; a process that ended meanwhile takes its own with it."""
+    return sum(seconds - before.get(pid, 0.0) for pid, seconds in cpu_seconds().items())
 
 
 class StoreWatch:
@@ -379,7 +384,7 @@ def video(source: str, folder: Path, *, rows: int) -> dict[str, float]:
         next(frames)
     cpu, started = cpu_seconds(), time.perf_counter()
     seen = sum(itertools.islice(frames, rows // 8))
-    theirs = {"wall": seen / (time.perf_counter() - started), "cpu": seen / (cpu_seconds() - cpu)}
+    theirs = {"wall": seen / (time.perf_counter() - started), "cpu": seen / cpu_since(cpu)}
     return {
         "vs_random_video": found["stream"][0]["wall"] / theirs["wall"],
         "vs_random_video_cpu": found["stream"][0]["cpu"] / theirs["cpu"],

@@ -44,7 +44,6 @@ from pipelines.training import Cluster
 from pipelines.validation import HeldOut
 from smolvla.configuration import SmolVLAConfig
 from smolvla.lora import ATTENTION, LoRA
-from smolvla.modeling import SmolVLAPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,6 +436,8 @@ def write_start(prepared: Prepared, job: TrainJob) -> None:
     start, partial = storage.folder / START, storage.folder / f"{START}.partial"
     if storage.has(f"{START}/config.json") and (not storage.uri or storage.has(f"{START}/{MANIFEST}")):
         return
+    from smolvla.modeling import SmolVLAPolicy  # takes seconds, which no refused or continued job must wait
+
     shutil.rmtree(start, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
     torch.manual_seed(job.seed)

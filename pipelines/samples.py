@@ -150,25 +150,41 @@ class SampleReader:
     def encoded_blocks(self, group: int, blocks: Sequence[Sequence[int]]) -> Iterator[pa.Table]:
         """For each block the rows of its micro-batches, all of one mixing group, images still compressed."""
         b, per_group = self.config.micro_batch, self.plan.batches_per_group
-        numbers = np.concatenate([np.array(block, dtype=np.int64) for block in blocks])
-        places = (numbers - group * per_group)[:, None] * b + np.arange(b)
-        table = self.encoded_rows(self.plan.mixing_group(group)[places.reshape(-1)])
-        table = table.append_column("micro_batch", pa.array(np.repeat(numbers, b)))
-        ends = np.cumsum([len(block) * b for block in blocks])
-        for block, end in zip(blocks, ends.tolist(), strict=True):
-            yield table.slice(end - len(block) * b, len(block) * b)
+        numbers = [np.array(block, dtype=np.int64) for block in blocks]
+        places = (np.concatenate(numbers) - group * per_group)[:, None] * b + np.arange(b)
+        rows = self.plan.mixing_group(group)[places.reshape(-1)]
+        tables = self._in_order(rows, sizes=[len(block) * b for block in blocks])
+        for block, table in zip(numbers, tables, strict=True):
+            yield table.append_column("micro_batch", pa.array(np.repeat(block, b)))
 
     def encoded_rows(self, rows: Rows) -> pa.Table:
-        """Rows in the order given: read unit by unit, then put in order."""
+        """Rows in the order given, images still compressed."""
+        (table,) = self._in_order(rows, sizes=[len(rows.source)])
+        return table
+
+    def _in_order(self, rows: Rows, *, sizes: Sequence[int]) -> Iterator[pa.Table]:
+        """The rows, cut into tables of these sizes: read unit by unit, then put in order.
+
+        Images are copied once, and not before their table is asked for: they are nearly all of the bytes.
+        """
         keys = np.stack([rows.source, rows.row_group], axis=1)
         units, unit_of_row = np.unique(keys, axis=0, return_inverse=True)
+        unit_of_row = unit_of_row.reshape(-1)
         tables = self._units([(source, unit) for source, unit in units.tolist()])
         starts = np.cumsum([0] + [len(table) for table in tables])[:-1]
-        place = starts[unit_of_row.reshape(-1)] + rows.offset
-        table = pa.concat_tables(tables).combine_chunks().take(pa.array(place))
-        return table.append_column("source", pa.array(rows.source)).append_column(
-            "epoch", pa.array(rows.epoch)
-        )
+        small = pa.concat_tables([table.drop_columns(self.camera_names) for table in tables])
+        small = small.combine_chunks().take(pa.array(starts[unit_of_row] + rows.offset))
+        small = small.append_column("source", pa.array(rows.source))
+        small = small.append_column("epoch", pa.array(rows.epoch))
+        images = {name: [table[name].combine_chunks() for table in tables] for name in self.camera_names}
+        first = 0
+        for size in sizes:
+            taken = slice(first, first + size)
+            table, first = small.slice(first, size), first + size
+            for name, arrays in images.items():
+                column = _gathered(arrays, unit_of_row[taken], rows.offset[taken])
+                table = table.append_column(name, column)
+            yield table
 
     def frame_steps(self, source: int, count: int) -> Int64:
         """(count,): frames of a dataset between a moment and the policy's frames after it."""
@@ -384,6 +400,28 @@ def _decoded_into(place: NDArray[np.uint8], encoded: bytes | None, fit: Fit) -> 
         return False
     shrunk(np.asarray(image, dtype=np.uint8), size=fit.scaled, out=place)
     return True
+
+
+def _gathered(arrays: Sequence[pa.Array], number: Int64, row: Int64) -> pa.Array:
+    """Entry row[i] of arrays[number[i]] for each i: large binaries, or lists of equally many of them."""
+    n = arrays[0].type.list_size if pa.types.is_fixed_size_list(arrays[0].type) else 1
+    flat = [array.flatten() if n > 1 else array for array in arrays]
+    offsets = [np.frombuffer(a.buffers()[1], np.int64)[a.offset : a.offset + len(a) + 1] for a in flat]
+    data = [np.frombuffer(a.buffers()[2] or b"", np.uint8) for a in flat]
+    bounds = np.empty((len(row), n + 1), dtype=np.int64)
+    pieces = [np.empty(0, np.uint8)]
+    for i, (a, r) in enumerate(zip(number.tolist(), row.tolist(), strict=True)):
+        bounds[i] = offsets[a][r * n : (r + 1) * n + 1]
+        pieces.append(data[a][bounds[i, 0] : bounds[i, -1]])
+    ends = np.cumsum(np.diff(bounds, axis=1).reshape(-1), dtype=np.int64)
+    valid = None
+    if any(a.null_count for a in flat):
+        real = [a.is_valid().to_numpy(zero_copy_only=False).reshape(-1, n) for a in flat]
+        found = [real[a][r] for a, r in zip(number.tolist(), row.tolist(), strict=True)]
+        valid = pa.array(np.concatenate([np.empty(0, bool), *found])).buffers()[1]
+    buffers = [valid, pa.py_buffer(np.append(np.int64(0), ends)), pa.py_buffer(np.concatenate(pieces))]
+    entries = pa.Array.from_buffers(pa.large_binary(), len(ends), buffers)
+    return pa.FixedSizeListArray.from_arrays(entries, n) if n > 1 else entries
 
 
 def _vectors(column: pa.ChunkedArray) -> NDArray[Any]:

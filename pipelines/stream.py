@@ -173,9 +173,14 @@ class StreamFromCheckpoint:
 
 def _packed(table: pa.Table) -> pa.Array:
     """A table as one value."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table)
-    data = sink.getvalue()
+    counted = pa.MockOutputStream()  # the buffer of a sink that grows is copied again and again
+    _write(table, counted)
+    data = pa.allocate_buffer(counted.size())
+    _write(table, pa.FixedSizeBufferWriter(data))
     offsets = pa.py_buffer(np.array([0, data.size], dtype=np.int64))
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+
+
+def _write(table: pa.Table, sink: pa.NativeFile) -> None:
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)

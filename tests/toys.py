@@ -1,6 +1,7 @@
 """Toys that tests train on and watch with; importable in Ray workers, of which many have no torch."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ray.train import UserCallback
 
 from pipelines.samples import Batch, SampleReader
 from pipelines.sources import Episode, Listing, Unit
@@ -150,6 +152,17 @@ class HeldUpReader(SampleReader):
         return super().decoded(batch)
 
 
+@dataclass(frozen=True)
+class ExceptionWriter(UserCallback):
+    """Writes down what workers failed of, from Ray's controller."""
+
+    path: Path
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        with self.path.open("a") as stream:
+            stream.writelines(f"{error}\n" for error in worker_exceptions.values())
+
+
 def with_cut_image(source: Path, target: Path, *, episode: int, frame: int, camera: str) -> None:
     """Copy a dataset; of one image only the first half stays, as a broken disk or transfer leaves it."""
     shutil.copytree(source, target)
@@ -189,7 +202,11 @@ def spawned(worker: Callable[..., None], *arguments: Any, processes: int) -> Non
     """Run worker(rank, port, *arguments) in processes of their own; the port was free a moment ago."""
     import torch.multiprocessing as mp
 
+    # Its children find imported what each would take seconds to import.
+    multiprocessing.set_forkserver_preload(
+        ["pipelines.checkpoint", "pipelines.validation", "smolvla.modeling"]
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(worker, (port, *arguments), nprocs=processes)
+    mp.start_processes(worker, (port, *arguments), nprocs=processes, start_method="forkserver")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 from collections import Counter
 from dataclasses import replace
@@ -20,10 +19,10 @@ from runs import (
     recorded_rows,
     when,
 )
-from toys import LENGTHS, FileWriter
+from toys import LENGTHS
 from transformers import TrainingArguments
 
-from pipelines import checkpoint, manifest, training
+from pipelines import checkpoint, training
 from pipelines.plan import noise_seed
 from pipelines.progress import Progress, folder_name, progress
 from pipelines.retention import Retention
@@ -161,25 +160,6 @@ def test_a_finished_checkpoint_is_complete_loadable_and_kept_by_number(uninterru
     trained = dict(policy.named_parameters())
     for name, before in start.named_parameters():
         assert torch.equal(trained[name], before) != before.requires_grad, name
-
-
-def test_a_run_goes_on_from_the_newest_good_checkpoint_with_another_number_of_workers(
-    uninterrupted, sharded, ray_session, toy, tmp_path
-):
-    """The newest checkpoint is damaged, so the one before it counts; three workers' shards of FSDP2 are
-    read by one that holds the whole policy."""
-    folder = tmp_path / "resumed"
-    shutil.copytree(sharded.folder, folder, ignore=shutil.ignore_patterns("points.jsonl", "rows"))
-    weights = folder / "step_000000040/pretrained_model/model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    assert "model.safetensors" in (manifest.problem(weights.parents[1]) or "")
-    run = replace(uninterrupted, folder=folder, writer=FileWriter(folder / "points.jsonl"))
-    training.fit(run, toy[2], replace(CLUSTER, num_workers=1))
-    expected = {step: loss for step, loss in losses(uninterrupted).items() if step > 30}
-    assert losses(run) == pytest.approx(expected, rel=1e-5)
-    assert manifest.problem(folder / "step_000000040") is None
 
 
 def test_a_checkpoint_holds_the_values_of_the_moment_it_was_begun(toy, tmp_path):
