@@ -192,7 +192,7 @@ def test_a_job_is_stopped_then_its_driver_and_its_node_are_lost_and_the_run_goes
     ended = jobs.run_of("stored", run)
     assert (ended.info.run_id, ended.info.status) == (first_run.run_id, "FINISHED")
     assert ended.data.tags["resumed_from_step"] == saved
-    assert ended.data.metrics.keys() >= {"checkpoint/stall_s", "checkpoint/seconds"}
+    assert "checkpoint/stall_s" in ended.data.metrics
     newest = run.newest()
     assert newest is not None
     assert newest.name == f"step_{STEPS:09d}"
