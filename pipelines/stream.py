@@ -6,7 +6,7 @@ decodes, shrinks, normalises and looks up the task's tokens. A block holds whole
 and the order of blocks is preserved, so worker r of W receives the micro-batches m with (m - start) % W == r.
 The worker checks that instead of believing it.
 
-Shape letters: b micro-batch, H chunk, A action width, S state width, L tokens, (h, w) image after fitting.
+Shape letter: b micro-batch.
 """
 
 import functools

@@ -170,8 +170,7 @@ def _told(watch: Watch, step: int, batches: Iterator[Any]) -> Iterator[Any]:
 
 def _restored(run: Run, samples_seen: int, device: torch.device) -> tuple[Engine, Progress]:
     """Policy and optimiser at the position that the stream was built for."""
-    # Here and not above: Ray's controller and data actors import this module too, and have no use for the
-    # model.
+    # Here and not above: the driver imports this module too, and has no use for the model.
     from smolvla.configuration import SmolVLAConfig
     from smolvla.modeling import SmolVLAPolicy
     from smolvla.processing import SmolVLAProcessor

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from runs import one_process
+from runs import one_process, toy_policy_and_reader
 from toys import LENGTHS, TASKS, spawned, with_cut_image
 
 from pipelines.dataset import open_dataset
 from pipelines.engine import Engine, TrainConfig
 from pipelines.plan import VALIDATION_NOISE, generator_seed
-from pipelines.samples import SampleReader, Source, StreamConfig
+from pipelines.samples import Source, StreamConfig
 from pipelines.tensors import ToTorch
 from pipelines.validation import (
     DRAWS,
@@ -26,12 +26,9 @@ from pipelines.validation import (
     held_out_share,
     split,
 )
-from smolvla.configuration import SmolVLAConfig
-from smolvla.data_utils import sample_noise, sample_time, tokenize_tasks
-from smolvla.features import Normalizer
+from smolvla.data_utils import sample_noise, sample_time
 from smolvla.modeling import SmolVLAPolicy
 
-VLM = Path("tests/golden/tiny_vlm").absolute()
 HELD_OUT = (2, 4, 9)  # 33 + 1 + 29 frames
 TRAIN = TrainConfig(
     steps=4,
@@ -49,18 +46,11 @@ CONFIG = ValidationConfig(every=2, max_frames=26, seed=3)
 
 def held_out(uri, *, max_frames=CONFIG.max_frames):
     """(policy's config, what is measured): three episodes of the toy dataset."""
-    dataset = open_dataset(str(uri))
-    inputs, outputs = dataset.policy_features()
-    config = SmolVLAConfig.from_pretrained("tests/golden/default").changed(
-        vlm_model_name=str(VLM), scheduler_warmup_steps=2, optimizer_lr=1e-3
-    )
-    config = config.with_features(inputs, outputs)
-    normalizer = Normalizer(dataset.stats, inputs | outputs, config.normalization_mapping)
-    tokens, mask = tokenize_tasks(dataset.tasks, str(VLM), max_length=48)
+    dataset, config, reader = toy_policy_and_reader(uri)
     places = held_out_named(dataset, HELD_OUT, flag="validation.episodes")
-    _, kept = split(Source(dataset, normalizer, tokens, mask), places)
+    _, kept = split(reader.sources[0], places)
     stream = StreamConfig(seed=TRAIN.seed, micro_batch=TRAIN.micro_batch, mixing_rows=64)
-    reader = SampleReader([kept], stream, config.chunk_size, config.resize_imgs_with_padding)
+    reader = replace(reader, sources=[kept], config=stream)
     return config, HeldOut(reader=reader, config=replace(CONFIG, max_frames=max_frames))
 
 
