@@ -176,14 +176,13 @@ class SampleReader:
         small = small.combine_chunks().take(pa.array(starts[unit_of_row] + rows.offset))
         small = small.append_column("source", pa.array(rows.source))
         small = small.append_column("epoch", pa.array(rows.epoch))
-        images = {name: [table[name].combine_chunks() for table in tables] for name in self.camera_names}
+        images = {name: _Binaries([table[name] for table in tables]) for name in self.camera_names}
         first = 0
         for size in sizes:
             taken = slice(first, first + size)
             table, first = small.slice(first, size), first + size
-            for name, arrays in images.items():
-                column = _gathered(arrays, unit_of_row[taken], rows.offset[taken])
-                table = table.append_column(name, column)
+            for name, column in images.items():
+                table = table.append_column(name, column.taken(unit_of_row[taken], rows.offset[taken]))
             yield table
 
     def frame_steps(self, source: int, count: int) -> Int64:
@@ -402,26 +401,38 @@ def _decoded_into(place: NDArray[np.uint8], encoded: bytes | None, fit: Fit) -> 
     return True
 
 
-def _gathered(arrays: Sequence[pa.Array], number: Int64, row: Int64) -> pa.Array:
-    """Entry row[i] of arrays[number[i]] for each i: large binaries, or lists of equally many of them."""
-    n = arrays[0].type.list_size if pa.types.is_fixed_size_list(arrays[0].type) else 1
-    flat = [array.flatten() if n > 1 else array for array in arrays]
-    offsets = [np.frombuffer(a.buffers()[1], np.int64)[a.offset : a.offset + len(a) + 1] for a in flat]
-    data = [np.frombuffer(a.buffers()[2] or b"", np.uint8) for a in flat]
-    bounds = np.empty((len(row), n + 1), dtype=np.int64)
-    pieces = [np.empty(0, np.uint8)]
-    for i, (a, r) in enumerate(zip(number.tolist(), row.tolist(), strict=True)):
-        bounds[i] = offsets[a][r * n : (r + 1) * n + 1]
-        pieces.append(data[a][bounds[i, 0] : bounds[i, -1]])
-    ends = np.cumsum(np.diff(bounds, axis=1).reshape(-1), dtype=np.int64)
-    valid = None
-    if any(a.null_count for a in flat):
-        real = [a.is_valid().to_numpy(zero_copy_only=False).reshape(-1, n) for a in flat]
-        found = [real[a][r] for a, r in zip(number.tolist(), row.tolist(), strict=True)]
-        valid = pa.array(np.concatenate([np.empty(0, bool), *found])).buffers()[1]
-    buffers = [valid, pa.py_buffer(np.append(np.int64(0), ends)), pa.py_buffer(np.concatenate(pieces))]
-    entries = pa.Array.from_buffers(pa.large_binary(), len(ends), buffers)
-    return pa.FixedSizeListArray.from_arrays(entries, n) if n > 1 else entries
+class _Binaries:
+    """Columns of large binaries, or of lists of equally many of them, from which rows are put together."""
+
+    def __init__(self, columns: Sequence[pa.ChunkedArray]) -> None:
+        kind = columns[0].type
+        self._n = kind.list_size if pa.types.is_fixed_size_list(kind) else 1
+        arrays = [column.combine_chunks() for column in columns]
+        flat = [array.flatten() if self._n > 1 else array for array in arrays]
+        self._offsets = [
+            np.frombuffer(a.buffers()[1], np.int64)[a.offset : a.offset + len(a) + 1] for a in flat
+        ]
+        self._data = [np.frombuffer(a.buffers()[2] or b"", np.uint8) for a in flat]
+        self._real = None
+        if any(a.null_count for a in flat):
+            self._real = [a.is_valid().to_numpy(zero_copy_only=False).reshape(-1, self._n) for a in flat]
+
+    def taken(self, number: Int64, row: Int64) -> pa.Array:
+        """Entry row[i] of column number[i] for each i."""
+        n, places = self._n, list(zip(number.tolist(), row.tolist(), strict=True))
+        bounds = np.empty((len(places), n + 1), dtype=np.int64)
+        pieces = [np.empty(0, np.uint8)]
+        for i, (a, r) in enumerate(places):
+            bounds[i] = self._offsets[a][r * n : (r + 1) * n + 1]
+            pieces.append(self._data[a][bounds[i, 0] : bounds[i, -1]])
+        ends = np.cumsum(np.diff(bounds, axis=1).reshape(-1), dtype=np.int64)
+        valid = None
+        if self._real is not None:
+            found = [self._real[a][r] for a, r in places]
+            valid = pa.array(np.concatenate([np.empty(0, bool), *found])).buffers()[1]
+        buffers = [valid, pa.py_buffer(np.append(np.int64(0), ends)), pa.py_buffer(np.concatenate(pieces))]
+        entries = pa.Array.from_buffers(pa.large_binary(), len(ends), buffers)
+        return pa.FixedSizeListArray.from_arrays(entries, n) if n > 1 else entries
 
 
 def _vectors(column: pa.ChunkedArray) -> NDArray[Any]:
