@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import matplotlib as mpl
@@ -87,7 +87,7 @@ class Service:
 
     def __init__(self, folder: Path) -> None:
         self._environment = os.environ | {"SMOLVLA_STATE": str(folder / "state")}
-        self.variables = folder / "state/env"
+        self._variables = folder / "state/env"
         self._record = folder / "state/services.json"
 
     def __enter__(self) -> "Service":
@@ -100,6 +100,13 @@ class Service:
     def _services(self, word: str) -> None:
         script = str(ROOT / "infra/local/services.py")
         subprocess.run([sys.executable, script, word], env=self._environment, check=True, timeout=300)
+
+    def started(self, job: list[str], log: BinaryIO) -> "subprocess.Popen[bytes]":
+        """Start a job as a driver on this Ray, as a submitted one is."""
+        address = json.loads(self._record.read_text())["ray"]["address"]
+        command = ["bash", "-c", '. "$0" && exec "$@"', str(self._variables), *job]
+        environment = os.environ | {"RAY_ADDRESS": address}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
     def train_workers(self) -> list[psutil.Process]:
         """The train workers that run on it now."""
@@ -143,9 +150,8 @@ class Runs:
         job = [sys.executable, "jobs/train_smolvla.py"]
         job += [f"--{flag}={value}" for flag, value in flags.items()]
         print(f"{name}: {time.strftime('%H:%M:%S')}, load {os.getloadavg()[0]:.1f}", flush=True)
-        command = ["bash", "-c", '. "$0" && exec "$@"', str(self._service.variables), *job]
         with (self._storage / f"{self.folder(name).name}.log").open("ab") as log:
-            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            return self._service.started(job, log)
 
     def curve(self, name: str) -> dict[int, float]:
         """Step -> loss, as it goes to MLflow."""

@@ -65,7 +65,7 @@ from smolvla.features import Normalizer  # noqa: E402
 
 CORES = 2
 SIZE, BOX = (480, 640), (512, 512)
-STORE_BYTES = 2 * 10**9
+STORE_BYTES = 4 * 10**9
 WARM_ROWS = 1024  # a mixing group; processes start and import meanwhile
 CHUNK = 50
 Loader = Callable[[], Iterator[int]]
@@ -166,7 +166,7 @@ def sample_reader(path: Path) -> SampleReader:
 def stream(reader: SampleReader, *, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
     """The micro-batches of one worker, without end."""
     start_ray()
-    dataset = micro_batches(reader, start=start, stop=10**9)
+    dataset = micro_batches(reader, start=start, stop=1_600_000)  # 200,000 steps of 64
     deal(dataset, num_workers=1)
     dataset.context.execution_options = ExecutionOptions(preserve_order=True)
     (split,) = dataset.streaming_split(1, equal=True)
@@ -461,13 +461,13 @@ def generated(folder: Path) -> Path:
 def start_ray() -> None:
     if not ray.is_initialized():
         paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+        os.environ |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # for all processes of this Ray
         ray.init(
             address="local",
             num_cpus=CORES,
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=STORE_BYTES,
-            runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
         )
 
 

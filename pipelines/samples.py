@@ -8,6 +8,7 @@ after fitting.
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -27,8 +28,9 @@ from smolvla.features import PADDING_MASK, Normalizer
 
 Batch = dict[str, NDArray[Any]]
 
-BLOCK_BYTES = 32 * 2**20  # of decoded rows; a block costs Ray some 10 ms of CPU whatever is in it
-READ_THREADS = 16  # files that a task reads at once: object stores take a tenth of a second to answer
+READ_THREADS = (
+    64  # files that the reading task opens at once: object stores take a tenth of a second to answer
+)
 OPEN_FILES = 64  # Parquet footers a worker process keeps parsed; about 100 kB each
 ROW_IDS = ("micro_batch", "source", "epoch", "episode_index", "frame_index", "bad_cameras")
 TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
@@ -315,19 +317,37 @@ class SampleReader:
         """Add the images of camera `number` to `out`, and to its `bad_cameras` where there should be one."""
         b, n, camera = len(column), self.num_observations, self.camera_names[number]
         height, width = self.image_size(camera)
-        images = np.zeros((b * n, height, width, 3), dtype=np.uint8)
+        images = self._image_memory(camera, (b * n, height, width, 3))
         fits = [self._fits.get((source, camera)) for source in out["source"].tolist()]
         augment = self._augmentation(out, number)
         for i, stored in enumerate(column.combine_chunks().flatten() if n > 1 else column):
             fit = fits[i // n]
+            if fit is None or fit.scaled != (height, width):
+                images[i] = 0
             if fit is None:
                 continue
             place = images[i, height - fit.scaled[0] :, width - fit.scaled[1] :]
             if not _decoded_into(place, stored.as_py(), fit):
                 out["bad_cameras"][i // n] |= 1 << number
+                images[i] = 0
             elif augment:
                 place[...] = augment(place, i // n)
         out[camera] = images.reshape(b, n, height, width, 3) if n > 1 else images
+
+    def _image_memory(self, camera: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Of undefined content; that of an earlier batch when nobody holds that any more.
+
+        Memory that is new to a process costs as much as a tenth of what is decoded into it.
+        """
+        kept, size = self._kept_memory.get(camera), math.prod(shape)
+        # Referred to by the dictionary, by this function and by the question; else by views of it.
+        if kept is None or kept.size < size or sys.getrefcount(kept) > 3:
+            kept = self._kept_memory[camera] = np.empty(size, dtype=np.uint8)
+        return kept[:size].reshape(shape)
+
+    @functools.cached_property
+    def _kept_memory(self) -> dict[str, NDArray[np.uint8]]:
+        return {}
 
     def _augmentation(self, batch: Batch, camera: int) -> Callable[[Any, int], Any] | None:
         """(image, row) -> image; the batch holds whole micro-batches, and a history is treated alike."""
@@ -350,11 +370,10 @@ class SampleReader:
         assert self.image_box is not None
         return self.image_box[1], self.image_box[0]
 
-    @property
-    def batches_per_block(self) -> int:
-        """Micro-batches of one worker that travel together."""
+    def batches_per_block(self, size: int) -> int:
+        """Micro-batches whose decoded images fit into `size` bytes, at least one."""
         pixels = sum(math.prod(self.image_size(camera)) for camera in self.camera_names)
-        return max(BLOCK_BYTES // (3 * pixels * self.num_observations * self.config.micro_batch), 1)
+        return max(size // (3 * pixels * self.num_observations * self.config.micro_batch), 1)
 
     def _shrunk_size(self, stored: tuple[int, int]) -> tuple[int, int]:
         if self.image_box is None:

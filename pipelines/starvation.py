@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines.stream import READ_TASKS
-
 WAIT_SHARE = 0.02
 """Below it nobody is starved."""
 BUSY = 0.8
@@ -37,14 +35,14 @@ def bottleneck(flow: Flow) -> tuple[str, str]:
     decoding, reading = flow.rows_per_s * flow.decode_s, flow.rows_per_s * flow.read_s
     numbers = (
         f"decoding takes {1e3 * flow.decode_s:.1f} ms a row and {decoding:.1f} of {flow.cpus:g} CPUs, "
-        f"reading {1e3 * flow.read_s:.1f} ms a row and {reading:.1f} of {READ_TASKS} tasks"
+        f"reading {1e3 * flow.read_s:.2f} ms a row and {reading:.0%} of the task that reads"
     )
     if flow.unpack_share > BUSY:
         return "unpacking in the worker", f"it takes {flow.unpack_share:.0%} of the time; {numbers}"
     # No CPU left: each decoding task is then as fast as it gets.
-    if decoding > BUSY * flow.cpus and decoding / flow.cpus >= reading / READ_TASKS:
+    if decoding > BUSY * flow.cpus and decoding / flow.cpus >= reading:
         return "decoding", f"{numbers}; more CPUs, or images stored smaller, make it faster"
-    if reading > BUSY * READ_TASKS:
+    if reading > BUSY:
         return "reading", f"{numbers}; the storage answers too slowly"
     return "transport", f"{numbers}; neither is busy: the object store is full, or the network slow"
 

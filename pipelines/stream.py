@@ -1,17 +1,23 @@
 """Plan -> Ray Data -> model-ready micro-batches.
 
-One Ray Data dataset a run. A read task is one mixing group of the plan: it reads the row groups, cuts the
-action windows, shuffles the rows while they are still compressed, and hands them on in blocks; a second step
-decodes, shrinks, normalises and looks up the task's tokens. A block holds whole micro-batches of one worker
-and the order of blocks is preserved, so worker r of W receives the micro-batches m with (m - start) % W == r.
-The worker checks that instead of believing it.
+One Ray Data dataset a run. A read task takes mixing groups of the plan, one after the other: it reads the row
+groups, cuts the action windows, shuffles the rows while they are still compressed, and hands them on in
+blocks; a second step decodes, shrinks, normalises and looks up the task's tokens. A block holds whole
+micro-batches of one worker and the order of blocks is preserved, so worker r of W receives the micro-batches
+m with (m - start) % W == r. The worker checks that instead of believing it.
+
+One read task runs at a time. What others read meanwhile would come later in the order, fill the share of the
+object store that Ray allows for encoded blocks, and leave none for the block that is waited for.
 
 Shape letter: b micro-batch.
 """
 
 import functools
+import itertools
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +25,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import DataContext, DataIterator, Dataset, Datasource, ExecutionOptions, TaskPoolStrategy
+from ray.data import DataContext, DataIterator, Dataset, Datasource, ExecutionOptions
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.train import DataConfig
@@ -28,21 +34,40 @@ from pipelines.progress import position
 from pipelines.run_storage import RunStorage
 from pipelines.samples import Batch, SampleReader
 
-READ_TASKS = 4
-"""Mixing groups read at once; they count as no CPUs: one that waits must not keep a CPU from decoding."""
-NUM_WORKERS = "smolvla.num_workers"  # in the dataset's context, which travels with its tasks
+MOST_READ_TASKS = 256
+"""Each costs Ray a millisecond or more before the first one starts."""
+EMPTY = pa.table({"micro_batch": pa.array([[]], type=pa.large_list(pa.int64()))})
+FIRST_DECODERS = 2
+GROUPS_AHEAD = 2  # read while an earlier one is handed on
+DECODE_CPUS = 0.66
+"""Of a task that decodes; three for two cores, because Ray takes a while to follow one task by the next."""
+MOST_BLOCK_BYTES = 64 * 2**20  # of decoded rows; a block costs Ray some 20 ms of CPU whatever is in it
+BLOCKS_IN_STORE = 64
+"""At least so many have room in the cluster's object store, of which Ray Data takes a half: some are being
+written, some wait, and each worker holds those that it prefetches."""
+NUM_WORKERS, BLOCK_BYTES = "smolvla.num_workers", "smolvla.block_bytes"
+"""In the dataset's context, which travels with its tasks."""
 STAGE_SECONDS = "stage_seconds"  # of each row: (b, 2), what a task took to read it and to decode it
 
 
-class SpanDatasource(Datasource):
-    """The numbers of the micro-batches [start, stop), one row a mixing group, made while they are asked for.
+class MicroBatchSource(Datasource):
+    """The micro-batches [start, stop), their images still compressed."""
 
-    A read task for each mixing group would cost the start of a long run minutes.
-    """
-
-    def __init__(self, batches_per_group: int, *, start: int, stop: int) -> None:
+    def __init__(
+        self, reader: "ray.ObjectRef[SampleReader]", per_group: int, *, start: int, stop: int
+    ) -> None:
         super().__init__()
-        self._per_group, self._start, self._stop = batches_per_group, start, stop
+        self._reader, self._per_group, self._start, self._stop = reader, per_group, start, stop
+
+    @property
+    def _groups(self) -> range:
+        return range(self._start // self._per_group, -(-self._stop // self._per_group))
+
+    @property
+    def spans(self) -> list[range]:
+        """The mixing groups of each read task."""
+        several = -(-len(self._groups) // MOST_READ_TASKS)
+        return [self._groups[i : i + several] for i in range(0, len(self._groups), several)]
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -51,14 +76,43 @@ class SpanDatasource(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        read = functools.partial(_spans, self._per_group, self._start, self._stop)
-        return [ReadTask(read, metadata, per_task_row_limit=per_task_row_limit)]
+        read = functools.partial(_encoded_blocks, self._reader, self._per_group, self._start, self._stop)
+        return [
+            ReadTask(functools.partial(read, span), metadata, per_task_row_limit=per_task_row_limit)
+            for span in self.spans
+        ]
 
 
-def _spans(per_group: int, start: int, stop: int) -> Iterator[pa.Table]:
-    for group in range(start // per_group, -(-stop // per_group)):
+def _encoded_blocks(
+    ref: "ray.ObjectRef[SampleReader]", per_group: int, start: int, stop: int, groups: range
+) -> Iterator[pa.Table]:
+    """The blocks of some mixing groups, each one row."""
+    reader, context = _local(ref), DataContext.get_current()
+
+    def opened(group: int) -> Iterator[pa.Table]:
         first, last = max(start, group * per_group), min(stop, (group + 1) * per_group)
-        yield pa.table({"group": [group], "first": [first], "last": [last]})
+        blocks = [[m] for m in range(first, last)]
+        if num_workers := context.get_config(NUM_WORKERS):
+            size = reader.batches_per_block(context.get_config(BLOCK_BYTES))
+            blocks = list(shares(first, last, start=start, num_workers=num_workers, size=size))
+        started = time.perf_counter()
+        tables = reader.encoded_blocks(group, blocks)
+        tables = itertools.chain([next(tables)], tables)  # all rows were read for the first
+        read_s = (time.perf_counter() - started) / ((last - first) * reader.config.micro_batch)
+        return (_one_row(table.append_column("read_s", pa.array([read_s] * len(table)))) for table in tables)
+
+    if groups.start * per_group <= start and (num_workers := context.get_config(NUM_WORKERS)):
+        # Empty blocks, whole rounds of them: the processes that decode start while the first rows are read.
+        for _ in range(num_workers * -(-FIRST_DECODERS // num_workers)):
+            yield EMPTY
+    with ThreadPoolExecutor(1) as pool:  # an open file is for one thread
+        ahead: deque[Future[Iterator[pa.Table]]] = deque()
+        for group in groups:
+            ahead.append(pool.submit(opened, group))
+            if len(ahead) > GROUPS_AHEAD:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
 
 
 @functools.lru_cache(maxsize=4)
@@ -93,38 +147,25 @@ def micro_batches(reader: SampleReader, *, start: int, stop: int) -> Dataset:
         stop: one past the last.
     """
     ref = ray.put(reader)  # once, however many tasks there are
-    b, size = reader.config.micro_batch, reader.batches_per_block
-
-    def read(span: pa.Table) -> Iterator[pa.Table]:
-        group, first, last = (span[name][0].as_py() for name in ("group", "first", "last"))
-        blocks = [[m] for m in range(first, last)]
-        if num_workers := DataContext.get_current().get_config(NUM_WORKERS):
-            blocks = list(shares(first, last, start=start, num_workers=num_workers, size=size))
-        started, read_s = time.perf_counter(), 0.0
-        for i, encoded in enumerate(_local(ref).encoded_blocks(group, blocks)):
-            if i == 0:  # all were read for the first
-                read_s = (time.perf_counter() - started) / ((last - first) * b)
-            yield pa.table({"rows": _packed(encoded), "read_s": [read_s]})
 
     def decode(block: pa.Table) -> Batch:
-        started = time.perf_counter()
-        with pa.ipc.open_stream(block["rows"][0].as_buffer()) as stream:
-            rows = stream.read_all()
+        started, rows = time.perf_counter(), _all_rows(block)
+        reader = _local(ref)
         if not len(rows):
             return {"micro_batch": np.empty((1, 0), dtype=np.int64)}
-        batch = _local(ref).decoded(rows)
-        seconds = [block["read_s"][0].as_py(), (time.perf_counter() - started) / len(rows)]
+        batch = reader.decoded(rows)
+        seconds = [rows["read_s"][0].as_py(), (time.perf_counter() - started) / len(rows)]
         batch[STAGE_SECONDS] = np.tile(np.array(seconds, dtype=np.float32), (len(rows), 1))
         return {name: values[None] for name, values in batch.items()}
 
-    spans = ray.data.read_datasource(
-        SpanDatasource(reader.config.mixing_rows // b, start=start, stop=stop),
-        override_num_blocks=1,
-        num_cpus=0,
+    source = MicroBatchSource(ref, reader.plan.batches_per_group, start=start, stop=stop)
+    # It counts as no CPUs: while it waits it must not keep one from decoding.
+    encoded = ray.data.read_datasource(
+        source, override_num_blocks=len(source.spans), concurrency=1, num_cpus=0
     )
-    settings: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
-    encoded = spans.map_batches(read, num_cpus=0, compute=TaskPoolStrategy(READ_TASKS), **settings)
-    blocks = encoded.map_batches(decode, num_cpus=1, **settings)
+    blocks = encoded.map_batches(
+        decode, num_cpus=DECODE_CPUS, batch_size=None, batch_format="pyarrow", zero_copy_batch=True
+    )
     blocks.context.target_max_block_size = 1  # any row is larger, so each becomes a block at once
     return blocks
 
@@ -134,7 +175,9 @@ def deal(dataset: Dataset, *, num_workers: int) -> None:
 
     Worker r of W has the m with (m - start) % W == r.
     """
+    store = int(ray.cluster_resources()["object_store_memory"])
     dataset.context.set_config(NUM_WORKERS, num_workers)
+    dataset.context.set_config(BLOCK_BYTES, min(store // BLOCKS_IN_STORE, MOST_BLOCK_BYTES))
 
 
 class DealtToWorkers(DataConfig):
@@ -171,16 +214,15 @@ class StreamFromCheckpoint:
         return micro_batches(self.reader, start=start, stop=self.num_micro_batches + self.most_workers)
 
 
-def _packed(table: pa.Table) -> pa.Array:
-    """A table as one value."""
-    counted = pa.MockOutputStream()  # the buffer of a sink that grows is copied again and again
-    _write(table, counted)
-    data = pa.allocate_buffer(counted.size())
-    _write(table, pa.FixedSizeBufferWriter(data))
-    offsets = pa.py_buffer(np.array([0, data.size], dtype=np.int64))
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+def _one_row(table: pa.Table) -> pa.Table:
+    """A table as one row of lists; nothing is copied."""
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    offsets = pa.array([0, len(table)], type=pa.int64())
+    return pa.table(
+        {name: pa.LargeListArray.from_arrays(offsets, values) for name, values in columns.items()}
+    )
 
 
-def _write(table: pa.Table, sink: pa.NativeFile) -> None:
-    with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table)
+def _all_rows(block: pa.Table) -> pa.Table:
+    """What `_one_row` made a row of."""
+    return pa.table({name: block[name].combine_chunks().flatten() for name in block.column_names})

@@ -6,18 +6,18 @@ import pytest
 
 from pipelines.starvation import Flow, StarvationLog, bottleneck
 
-# 2 ms a row on 4 CPUs are at most 2000 rows a second; 4 reading tasks of 0.5 ms a row give 8000.
-SATURATED = Flow(wait_share=0.3, rows_per_s=1900, read_s=0.0005, decode_s=0.002, unpack_share=0.1, cpus=4)
+# 2 ms a row on 4 CPUs are at most 2000 rows a second; one that reads in 0.4 ms a row gives 2500.
+SATURATED = Flow(wait_share=0.3, rows_per_s=1900, read_s=0.0004, decode_s=0.002, unpack_share=0.1, cpus=4)
 
 
 @pytest.mark.parametrize(
     ("change", "stage"),
     [
         ({}, "decoding"),
-        ({"rows_per_s": 200, "read_s": 0.018}, "reading"),
+        ({"rows_per_s": 200, "read_s": 0.0045}, "reading"),
         ({"rows_per_s": 200}, "transport"),
         ({"rows_per_s": 200, "unpack_share": 0.9}, "unpacking in the worker"),
-        ({"read_s": 0.0022}, "reading"),
+        ({"read_s": 0.00052}, "reading"),
     ],
 )
 def test_the_bottleneck_is_the_stage_whose_capacity_is_used_up(change, stage):
@@ -31,6 +31,7 @@ def test_the_line_gives_the_numbers_that_the_verdict_rests_on():
         "waited 30% of the time for data; the bottleneck is decoding: decoding takes 2.0 ms"
     )
     assert "3.8 of 4 CPUs" in line
+    assert "reading 0.40 ms a row and 76% of the task that reads" in line
 
 
 def test_the_log_speaks_once_a_minute_or_when_the_stage_changes_and_never_when_nobody_waits():
