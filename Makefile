@@ -27,15 +27,18 @@ train: up
 		--tracking.uri $$MLFLOW_TRACKING_URI
 	@$(PY) -c 'import json, sys; print("\nThe run in MLflow:", json.load(open(sys.argv[1]))["link"])' "$(STATE)/runs/$(RUN)/run.json"
 
+# Two at a time, each with a Ray and an MLflow of its own: half of a test is waiting for processes to start.
+TEST = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: install
-	$(PY) -m pytest
+	$(TEST)
 
 check: install
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m pyright
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
-	$(PY) -m pytest
+	$(TEST)
 
 up: install
 	@$(PY) infra/local/services.py up

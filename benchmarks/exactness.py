@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="60 steps, two of the runs and the killed one")
+    parser.add_argument("--quick", action="store_true", help="40 steps, two of the runs and the killed one")
     parser.add_argument("--plot", type=Path, help="write the curves as a picture")
     flags = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="exactness-") as folder, Service(Path(folder)) as service:
@@ -69,7 +69,7 @@ def measure(service: "Service", folder: Path, *, quick: bool) -> tuple[dict[str,
     shrunk = (cv2.resize(image, SIZE[::-1]) for image in pictures(64))
     images = [cv2.imencode(".jpg", image)[1].tobytes() for image in shrunk]
     dataset = write_dataset(folder / "data", images, size=SIZE, lengths=[FRAMES] * EPISODES, per_shard=6)
-    steps = 60 if quick else 150
+    steps = 40 if quick else 60
     runs = Runs(service, dataset, folder / "runs", steps)
     names = ["one worker", "two workers, FSDP2"] if quick else list(RUNS)
     for name in names:

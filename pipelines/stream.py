@@ -57,17 +57,11 @@ class MicroBatchSource(Datasource):
         self, reader: "ray.ObjectRef[SampleReader]", per_group: int, *, start: int, stop: int
     ) -> None:
         super().__init__()
-        self._reader, self._per_group, self._start, self._stop = reader, per_group, start, stop
-
-    @property
-    def _groups(self) -> range:
-        return range(self._start // self._per_group, -(-self._stop // self._per_group))
-
-    @property
-    def spans(self) -> list[range]:
+        self._read = functools.partial(_encoded_blocks, reader, per_group, start, stop)
+        groups = range(start // per_group, -(-stop // per_group))
+        several = -(-len(groups) // MOST_READ_TASKS)
+        self.spans = [groups[i : i + several] for i in range(0, len(groups), several)]
         """The mixing groups of each read task."""
-        several = -(-len(self._groups) // MOST_READ_TASKS)
-        return [self._groups[i : i + several] for i in range(0, len(self._groups), several)]
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -76,9 +70,8 @@ class MicroBatchSource(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        read = functools.partial(_encoded_blocks, self._reader, self._per_group, self._start, self._stop)
         return [
-            ReadTask(functools.partial(read, span), metadata, per_task_row_limit=per_task_row_limit)
+            ReadTask(functools.partial(self._read, span), metadata, per_task_row_limit=per_task_row_limit)
             for span in self.spans
         ]
 

@@ -9,6 +9,7 @@ the processes that `up` started.
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,26 @@ def up() -> None:
     if not TOKEN.exists():
         TOKEN.touch(mode=0o600)
         TOKEN.write_text(secrets.token_hex(32))
-    record = _record()
-    for name, start in (("ray", _start_ray), ("mlflow", _start_mlflow)):
-        if _process(record.get(name)) is None:
-            record[name] = start()
-            RECORD.write_text(json.dumps(record, indent=1))
-    for name, service in record.items():
-        _wait_until_ready(name, service)
+    with _alone():
+        record = _record()
+        for name, start in (("ray", _start_ray), ("mlflow", _start_mlflow)):
+            if _process(record.get(name)) is None:
+                record[name] = start()
+                RECORD.write_text(json.dumps(record, indent=1))
+        for name, service in record.items():
+            _wait_until_ready(name, service)
     record["ray"]["address"] = RAY_ADDRESS.read_text().strip()  # for ray.init; `url` is for jobs
     RECORD.write_text(json.dumps(record, indent=1))
     _write_env(record)
     status()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """No other `up` of this user chooses ports meanwhile."""
+    with (Path("/tmp") / f"smolvla-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def down() -> None:

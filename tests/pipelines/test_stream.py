@@ -170,14 +170,16 @@ def test_task_tokens_belong_to_the_row(reader):
         )
 
 
-def test_ray_gives_worker_r_the_micro_batches_of_the_plan_from_any_position(reader, ray_session):
+def test_ray_gives_worker_r_the_micro_batches_of_the_plan_from_any_position(reader, ray_session, monkeypatch):
+    """In the last one, a read task takes several mixing groups."""
     expected = {}
-    for group in range(4):
+    for group in range(8):
         for encoded in reader.encoded(group):
             batch = reader.decoded(encoded)
             expected[int(batch["micro_batch"][0])] = batch
-    for workers, start, dealt in ((2, 6, False), (1, 0, True), (3, 5, True)):
-        dataset = micro_batches(reader, start=start, stop=start + 6)
+    for workers, start, count, dealt in ((2, 6, 6, False), (1, 0, 6, True), (3, 5, 24, True)):
+        monkeypatch.setattr("pipelines.stream.MOST_READ_TASKS", 2 if count > 6 else 256)
+        dataset = micro_batches(reader, start=start, stop=start + count)
         if dealt:
             deal(dataset, num_workers=workers)
         dataset.context.execution_options.preserve_order = True
@@ -187,9 +189,22 @@ def test_ray_gives_worker_r_the_micro_batches_of_the_plan_from_any_position(read
         )
         for rank, batches in enumerate(shares):
             numbers = [batch["micro_batch"].tolist() for batch in batches]
-            assert numbers == [[m] * 8 for m in range(start + rank, start + 6, workers)]
+            assert numbers == [[m] * 8 for m in range(start + rank, start + count, workers)]
             for batch in batches:
                 assert_same_batch(batch, expected[int(batch["micro_batch"][0])], reader.camera_names)
+
+
+def test_images_are_decoded_into_memory_that_nobody_holds_any_more(reader):
+    camera = reader.camera_names[0]
+    tables = list(reader.encoded(0))
+    held = reader.decoded(tables[0])[camera][2:3]
+    copy = held.copy()
+    second = reader.decoded(tables[1])[camera]
+    np.testing.assert_array_equal(held, copy)
+    assert not np.shares_memory(held, second)
+    place = second.__array_interface__["data"][0]
+    del second
+    assert reader.decoded(tables[2])[camera].__array_interface__["data"][0] == place
 
 
 def test_a_process_that_decodes_waits_for_no_import_of_torch_and_transformers():
