@@ -11,13 +11,17 @@ vs_dataloader           rows a second over those of a torch DataLoader with 2 wo
                         shuffled row group an item, the same windows, decoding, shrinking and normalising.
 vs_random_video         rows a second over those of a map-style DataLoader with 2 workers over the source's
                         mp4 files: shuffled frames, for each the file opened, seek, decode, as LeRobot does
-                        with PyAV; vs_open_video: the same with files kept open, as it does with torchcodec.
+                        with PyAV; vs_open_video: the same with files kept open.
+vs_lerobot              rows a second over those of LeRobot's own dataset class under the same DataLoader, if
+                        LEROBOT_PYTHON names a Python that has LeRobot (see CONTRIBUTING.md).
 distinct_episode_ratio  distinct episodes in batches of 64 at the default settings over those of a shuffle of
                         everything; 200 episodes of 250 frames, row groups of 16.
 wait_share              part of its time that a consumer waits whose step is throttled to 1/1.3 of the
                         stream's measured rows a second.
 first_batch_s           from building the stream of a dataset of 10,000 files to the first batch, Ray running.
 store_peak_mb           most bytes in the object store at any time, beside store_bound_mb; spilled_mb.
+core_scaling            rows a second of the stream on two cores over those on one, all of Ray and the
+                        consumer included.
 plan_reach_s, plan_mb   to reach a far micro-batch of a plan over 10^8 rows in 10^6 row groups.
 """
 
@@ -28,6 +32,7 @@ import os
 import re
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -79,7 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer rows; within five minutes on two cores")
     parser.add_argument("--source", default=str(ROOT.parent / "shared/data/lerobot_v30_franka"))
-    parser.add_argument("--only", nargs="*", help="parts: plan, shuffle, shards, rates, video, starvation")
+    parser.add_argument(
+        "--only", nargs="*", help="parts: plan, shuffle, shards, rates, video, starvation, scaling"
+    )
     flags = parser.parse_args(arguments)
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
@@ -94,8 +101,9 @@ def measure(folder: Path, *, quick: bool, source: str, only: list[str] | None) -
         "shuffle": shuffle_quality,
         "shards": lambda: many_shards(folder, shards=10_000),
         "rates": lambda: rates(generated(folder), rounds=2 if quick else 5, rows=3072 if quick else 8192),
-        "video": lambda: video(source, folder, rows=1024 if quick else 4096),
+        "video": lambda: video(source, folder, rows=768 if quick else 4096),
         "starvation": lambda: starvation(generated(folder), seconds=30 if quick else 90),
+        "scaling": lambda: scaling(generated(folder), rows=1536 if quick else 8192),
     }
     results: dict[str, float] = {}
     for name in only or parts:
@@ -401,7 +409,17 @@ def video(source: str, folder: Path, *, rows: int) -> dict[str, float]:
         results[f"vs_{name}"] = ours["wall"] / theirs["wall"]
         results[f"vs_{name}_cpu"] = ours["cpu"] / theirs["cpu"]
         results[f"{name}_rows_per_s"] = theirs["wall"]
+    if python := os.environ.get("LEROBOT_PYTHON"):
+        results["lerobot_rows_per_s"] = lerobot_rows_per_s(python, source, rows=rows)
+        results["vs_lerobot"] = ours["wall"] / results["lerobot_rows_per_s"]
     return results
+
+
+def lerobot_rows_per_s(python: str, source: str, *, rows: int) -> float:
+    command = [python, str(ROOT / "benchmarks/lerobot_loader.py"), source, "--samples", str(rows)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["samples_per_s"]
 
 
 def ingested(source: str, target: Path) -> None:
@@ -441,6 +459,21 @@ def starvation(path: Path, *, seconds: float) -> dict[str, float]:
     }
 
 
+# --- one core and two ---
+
+
+def scaling(path: Path, *, rows: int) -> dict[str, float]:
+    reader, allowed, found = sample_reader(path), os.sched_getaffinity(0), {}
+    for cores in range(1, CORES + 1):
+        ray.shutdown()
+        os.sched_setaffinity(0, sorted(allowed)[:cores])  # Ray's processes inherit it
+        start_ray(cores)
+        found[cores] = rate(stream_rows(reader), rows=rows)["wall"]
+    ray.shutdown()
+    os.sched_setaffinity(0, allowed)
+    return {"core_scaling": found[CORES] / found[1], "one_core_rows_per_s": found[1]}
+
+
 # --- ten thousand files ---
 
 
@@ -469,13 +502,13 @@ def generated(folder: Path) -> Path:
     return path
 
 
-def start_ray() -> None:
+def start_ray(num_cpus: int = CORES) -> None:
     if not ray.is_initialized():
         paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
         os.environ |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # for all processes of this Ray
         ray.init(
             address="local",
-            num_cpus=CORES,
+            num_cpus=num_cpus,
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=STORE_BYTES,
