@@ -27,7 +27,7 @@ train: up
 		--tracking.uri $$MLFLOW_TRACKING_URI
 	@$(PY) -c 'import json, sys; print("\nThe run in MLflow:", json.load(open(sys.argv[1]))["link"])' "$(STATE)/runs/$(RUN)/run.json"
 
-# Two at a time, each with a Ray and an MLflow of its own: half of a test is waiting for processes to start.
+# Two at a time, each with a Ray and an MLflow of its own: one at a time leaves some of two cores idle.
 TEST = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: install

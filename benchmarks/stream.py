@@ -258,11 +258,11 @@ def compared(sides: dict[str, Loader], *, rounds: int, rows: int) -> dict[str, l
     return found
 
 
-def rate(batches: Iterator[int], *, rows: int) -> dict[str, float]:
+def rate(batches: Iterator[int], *, rows: int, warm: int = WARM_ROWS) -> dict[str, float]:
     seen = 0
     for count in batches:
         seen += count
-        if seen >= WARM_ROWS:
+        if seen >= warm:
             break
     cpu, started, seen = cpu_seconds(), time.perf_counter(), 0
     for count in batches:
@@ -400,12 +400,7 @@ def video(source: str, folder: Path, *, rows: int) -> dict[str, float]:
     ours = rate(stream_rows(reader), rows=4 * rows)
     results = {"franka_stream_rows_per_s": ours["wall"]}
     for name, keep_open in (("random_video", False), ("open_video", True)):
-        frames = video_rows(source, keep_open=keep_open)
-        for _ in range(4):
-            next(frames)
-        cpu, started = cpu_seconds(), time.perf_counter()
-        seen = sum(itertools.islice(frames, rows // 8))
-        theirs = {"wall": seen / (time.perf_counter() - started), "cpu": seen / cpu_since(cpu)}
+        theirs = rate(video_rows(source, keep_open=keep_open), rows=rows, warm=32)
         results[f"vs_{name}"] = ours["wall"] / theirs["wall"]
         results[f"vs_{name}_cpu"] = ours["cpu"] / theirs["cpu"]
         results[f"{name}_rows_per_s"] = theirs["wall"]

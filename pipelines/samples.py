@@ -28,9 +28,7 @@ from smolvla.features import PADDING_MASK, Normalizer
 
 Batch = dict[str, NDArray[Any]]
 
-READ_THREADS = (
-    64  # files that the reading task opens at once: object stores take a tenth of a second to answer
-)
+READ_THREADS = 64  # files read at once: object stores take a tenth of a second to answer
 OPEN_FILES = 64  # Parquet footers a worker process keeps parsed; about 100 kB each
 ROW_IDS = ("micro_batch", "source", "epoch", "episode_index", "frame_index", "bad_cameras")
 TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"

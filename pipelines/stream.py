@@ -143,10 +143,10 @@ def micro_batches(reader: SampleReader, *, start: int, stop: int) -> Dataset:
 
     def decode(block: pa.Table) -> Batch:
         started, rows = time.perf_counter(), _all_rows(block)
-        reader = _local(ref)
+        local = _local(ref)  # also for an empty block: the first of them are there to make it ready
         if not len(rows):
             return {"micro_batch": np.empty((1, 0), dtype=np.int64)}
-        batch = reader.decoded(rows)
+        batch = local.decoded(rows)
         seconds = [rows["read_s"][0].as_py(), (time.perf_counter() - started) / len(rows)]
         batch[STAGE_SECONDS] = np.tile(np.array(seconds, dtype=np.float32), (len(rows), 1))
         return {name: values[None] for name, values in batch.items()}
