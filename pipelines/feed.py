@@ -5,9 +5,8 @@ import json
 import time
 from collections.abc import Iterator
 
-import ray
-import ray.train
 import torch
+from ray.data import DataIterator
 from torch import Tensor
 
 from pipelines.progress import BadRow
@@ -25,14 +24,15 @@ class Feed:
 
     Args:
         run: what is trained.
+        shard: this worker's blocks of the stream.
         rank: of this worker.
         num_workers: W.
         device: where the columns go.
     """
 
-    def __init__(self, run: Run, *, rank: int, num_workers: int, device: torch.device) -> None:
-        shard = ray.train.get_dataset_shard("train")
-        assert shard is not None
+    def __init__(
+        self, run: Run, shard: DataIterator, *, rank: int, num_workers: int, device: torch.device
+    ) -> None:
         self._to_torch = ToTorch()
         blocks = shard.iter_torch_batches(
             batch_size=None,
@@ -93,11 +93,6 @@ class Feed:
     def unpacked_s(self) -> float:
         """Seconds that this worker took to make tensors of what had arrived."""
         return self._to_torch.busy_s
-
-    def decoding_cpus(self) -> float:
-        """CPUs of the cluster that training does not take."""
-        mine = ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0)
-        return max(ray.cluster_resources().get("CPU", 0.0) - mine * self._num_workers, 1.0)
 
     def forget_rows(self) -> None:
         """Drop the ids of past steps."""

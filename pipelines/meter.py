@@ -22,10 +22,20 @@ log = logging.getLogger(__name__)
 
 
 class Meter:
-    """Collects what happened on the device and reads it back once an interval; rank 0 writes it."""
+    """Collects what happened on the device and reads it back once an interval; rank 0 writes it.
 
-    def __init__(self, run: Run, *, rank: int, feed: Feed, at: Progress) -> None:
-        self._run, self._rank, self._feed = run, rank, feed
+    Args:
+        run: what is trained.
+        rank: of this worker.
+        feed: its micro-batches.
+        at: where it begins.
+        decoding_cpus: tells how many CPUs of the cluster training leaves to the stream.
+    """
+
+    def __init__(
+        self, run: Run, *, rank: int, feed: Feed, at: Progress, decoding_cpus: Callable[[], float]
+    ) -> None:
+        self._run, self._rank, self._feed, self._decoding_cpus = run, rank, feed, decoding_cpus
         self.last_loss = float("nan")
         self.bad_rows = set(at.bad_rows)
         """Those of all workers; the same on each."""
@@ -105,7 +115,7 @@ class Meter:
                 read_s=read_s,
                 decode_s=decode_s,
                 unpack_share=(feed.unpacked_s - self._unpacked) / seconds,
-                cpus=feed.decoding_cpus(),
+                cpus=self._decoding_cpus(),
             )
             if line := self._starvation.line(flow):
                 log.warning(line)

@@ -109,7 +109,7 @@ def train_worker(run: Run) -> None:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    feed = Feed(run, rank=rank, num_workers=num_workers, device=device)
+    feed = Feed(run, ray.train.get_dataset_shard("train"), rank=rank, num_workers=num_workers, device=device)
     if feed.samples_seen == run.train.steps * run.train.batch_size:
         return  # the workers died after the last checkpoint and before they could say so
     engine, at = _restored(run, feed.samples_seen, device)
@@ -122,7 +122,7 @@ def train_worker(run: Run) -> None:
 def _train(run: Run, engine: Engine, feed: Feed, at: Progress, watch: Watch) -> None:
     """From where the policy stands to the last step, or to where the driver wants to stop."""
     saver = Saver(run, watch)
-    meter = Meter(run, rank=dist.get_rank(), feed=feed, at=at)
+    meter = Meter(run, rank=dist.get_rank(), feed=feed, at=at, decoding_cpus=_decoding_cpus)
     validation = Validation.of(run.validation, last_step=run.train.steps, folder=run.folder)
     agreement = Agreement(timeout_s=run.collective_timeout_s)
     for step in range(at.step + 1, run.train.steps + 1):
@@ -145,6 +145,12 @@ def _train(run: Run, engine: Engine, feed: Feed, at: Progress, watch: Watch) -> 
         if wish == Wish.SAVE_AND_STOP:
             break
     agreement.settled()
+
+
+def _decoding_cpus() -> float:
+    """CPUs of the cluster that the run's workers do not take."""
+    mine = ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0)
+    return max(ray.cluster_resources().get("CPU", 0.0) - mine * dist.get_world_size(), 1.0)
 
 
 def _progress(run: Run, step: int, meter: Meter, *, val_loss: float | None) -> Progress:

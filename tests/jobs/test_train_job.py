@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from test_ingest_s3 import SECRETS, bucket, server
 from toys import with_cut_image
 
-from jobs import train_smolvla
+from jobs import command_line, train_smolvla
 from jobs.train_smolvla import TrainJob
 from pipelines.dataset import filesystem_of
 from pipelines.files import exists, joined
@@ -202,10 +203,12 @@ def test_a_job_is_stopped_then_its_driver_and_its_node_are_lost_and_the_run_goes
     assert not list(folder.glob("staging/*/*"))
 
 
-def test_a_complete_run_submitted_again_has_nothing_to_do(uninterrupted, jobs, episodes):
-    job = jobs.submit("uninterrupted", episodes)
-    assert jobs.wait(job) == JobStatus.SUCCEEDED
-    assert f"complete at step {STEPS}" in jobs.client.get_job_logs(job)
+def test_a_complete_run_started_again_has_nothing_to_do(uninterrupted, jobs, episodes, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(jobs.flags("uninterrupted", episodes))
+    job = train_smolvla.completed(command_line.parsed(TrainJob, words))
+    train_smolvla.train(job, train_smolvla.prepare(job))
+    assert f"complete at step {STEPS}" in capsys.readouterr().out
     assert jobs.run_of("uninterrupted").info.status == "FINISHED"
 
 
@@ -218,7 +221,7 @@ def broken(episodes, tmp_path_factory):
 
 
 def test_an_image_cut_off_in_a_shard_fails_the_run_by_name(jobs, broken):
-    job = jobs.submit("broken", broken, steps=40, log_every=10)
+    job = jobs.submit("broken", broken, num_workers=1, steps=40, log_every=10)
     assert jobs.wait(job) == JobStatus.FAILED
     assert jobs.run_of("broken").info.status == "FAILED"
     logs = jobs.client.get_job_logs(job)

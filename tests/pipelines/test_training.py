@@ -2,12 +2,25 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from typing import Any
 
+import psutil
 import pytest
+import ray
+import ray.data
 import torch
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 from runs import (
     CLUSTER,
     TRAIN,
@@ -19,19 +32,26 @@ from runs import (
     recorded_rows,
     when,
 )
-from toys import LENGTHS
+from toys import LENGTHS, ExceptionWriter, HeldUpReader, PacedWriter
 from transformers import TrainingArguments
 
 from pipelines import checkpoint, training
+from pipelines.board import start_board
+from pipelines.engine import Engine
+from pipelines.feed import Feed
+from pipelines.meter import Meter
 from pipelines.plan import noise_seed
 from pipelines.progress import Progress, folder_name, progress
 from pipelines.retention import Retention
 from pipelines.run_storage import RunStorage
+from pipelines.stream import micro_batches
 from pipelines.validation import HeldOut, ValidationConfig, held_out_named, split
 from smolvla.data_utils import sample_noise, sample_time
 from smolvla.modeling import SmolVLAPolicy
 from smolvla.processing import SmolVLAProcessor
 from smolvla.trainer import SmolVLATrainer
+
+READY_WITHIN_S = 240
 
 
 def assert_every_frame_once(run):
@@ -88,63 +108,82 @@ def test_transformers_trainer_gives_the_losses_of_the_ray_loop(uninterrupted, to
 
 
 @pytest.fixture(scope="module")
-def sharded(ray_session, toy, tmp_path_factory):
-    """Three workers that share one policy by FSDP2, keep no activations, and cannot have equally many of a
-    step's four micro-batches."""
-    run = new_run(
-        tmp_path_factory.mktemp("runs") / "sharded", toy, parallel="fsdp", activation_checkpointing=True
-    )
-    training.fit(run, toy[2], replace(CLUSTER, num_workers=3, cpus_per_worker=0.5))
-    return run
-
-
-def test_three_workers_that_share_the_policy_draw_the_same_curve(uninterrupted, sharded):
-    assert losses(sharded) == pytest.approx(losses(uninterrupted), rel=1e-5)
-
-
-@pytest.fixture(scope="module")
-def killed(ray_session, toy, tmp_path_factory):
-    """As `uninterrupted`, but validated, averaged, with few checkpoints kept, and rank 0 dies at step 17."""
+def interrupted(ray_session, toy, tmp_path_factory):
+    """As `uninterrupted`, but validated, averaged and with few checkpoints kept; rank 1 hangs at step 12, and
+    rank 0 is killed while it saves step 30. Returns (run, pid of the one that hung, what the others said)."""
     dataset, _, reader = toy
     _, held_out = split(reader.sources[0], held_out_named(dataset, (2, 9), flag="validation.episodes"))
     config = ValidationConfig(every=5, max_frames=7, seed=0)
+    folder = tmp_path_factory.mktemp("runs") / "interrupted"
     run = replace(
-        new_run(tmp_path_factory.mktemp("runs") / "killed", toy, ema_decay=0.9),
+        new_run(folder, toy, ema_decay=0.9),
         validation=HeldOut(reader=replace(reader, sources=[held_out]), config=config),
         keep=Retention(newest=1, best=1),
+        board=start_board(),
+        collective_timeout_s=8,
+        writer=PacedWriter(folder / "points.jsonl"),
     )
-    watcher = when(run, 17, lambda: os.kill(points(run)[-1]["pid"], signal.SIGKILL))
-    training.fit(run, reader, CLUSTER)
-    watcher.join()
-    return run
+    said, pids, saved = ExceptionWriter(folder.with_name("said")), [], run.folder / folder_name(30)
+
+    def stop():
+        pids.append(pid_of(run, rank=1))
+        os.kill(pids[0], signal.SIGSTOP)
+
+    def kill_while_saving():
+        wait_until(saved.exists, look_every_s=0.005)
+        os.kill(points(run)[-1]["pid"], signal.SIGKILL)
+        assert not (saved / "MANIFEST.json").exists(), "the save was over"
+
+    with ThreadPoolExecutor() as pool:
+        watching = pool.submit(kill_while_saving)
+        watcher = when(run, 12, stop)
+        training.fit(run, reader, CLUSTER, callbacks=[said])
+        watcher.join()
+        watching.result()
+    return run, pids[0], said.path.read_text()
 
 
-def test_neither_a_killed_worker_nor_validation_nor_an_average_changes_a_loss_or_loses_a_row(
-    uninterrupted, killed
+def pid_of(run, rank):
+    (pid,) = (beat.pid for beat in ray.get(run.board.beats.remote()) if beat.rank == rank)
+    return pid
+
+
+def test_a_worker_that_hangs_is_named_and_ended(interrupted):
+    _, pid, said = interrupted
+    named = (
+        rf"waited in vain in step \d+ for rank 1 \(node [0-9.]+, pid {pid}\): silent for \d+ s, last known: "
+    )
+    assert re.search(named, said), said
+    assert not psutil.pid_exists(pid)
+
+
+def test_neither_dead_workers_nor_validation_nor_an_average_changes_a_loss_or_loses_a_row(
+    uninterrupted, interrupted
 ):
-    pids = {point["pid"] for point in points(killed)}
-    assert len(pids) == 2, "the run was not interrupted"
-    assert losses(killed) == losses(uninterrupted)
-    assert_every_frame_once(killed)
+    run = interrupted[0]
+    assert len({point["pid"] for point in points(run)}) == 3, "the run was not interrupted twice"
+    assert losses(run) == losses(uninterrupted)
+    assert_every_frame_once(run)
 
 
-def test_a_replayed_step_changes_no_validation_loss_and_the_best_checkpoint_stays(killed):
+def test_a_replayed_step_changes_no_validation_loss_and_the_best_checkpoint_stays(interrupted):
+    run = interrupted[0]
     found: dict[int, float] = {}
-    for point in points(killed):
+    for point in points(run):
         if "val/loss" in point:
             assert found.setdefault(point["step"], point["val/loss"]) == point["val/loss"]
             assert point["val/loss_ema"] != point["val/loss"]
     assert sorted(found) == list(range(5, 41, 5))
-    records = [json.loads(line) for line in (killed.folder / "validation.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run.folder / "validation.jsonl").read_text().splitlines()]
     assert [(record["step"], record["loss"]) for record in records] == sorted(found.items())
     best = min(range(10, 41, 10), key=lambda step: found[step])
-    said = json.loads((killed.folder / "best.json").read_text())
+    said = json.loads((run.folder / "best.json").read_text())
     assert (said["step"], said["val/loss"]) == (best, found[best])
-    assert {path.name for path in killed.folder.glob("step_*")} == {folder_name(best), folder_name(40)}
-    newest = killed.folder / folder_name(40)
+    assert {path.name for path in run.folder.glob("step_*")} == {folder_name(best), folder_name(40)}
+    newest = run.folder / folder_name(40)
     assert progress(newest).val_loss == found[40]
-    tags = json.loads((killed.folder / "tags.jsonl").read_text().splitlines()[-1])
-    assert tags["best_checkpoint"] == str(killed.folder / folder_name(best))
+    tags = json.loads((run.folder / "tags.jsonl").read_text().splitlines()[-1])
+    assert tags["best_checkpoint"] == str(run.folder / folder_name(best))
     SmolVLAPolicy.from_pretrained(newest / "pretrained_model_ema")
 
 
@@ -202,16 +241,139 @@ def test_a_checkpoint_holds_the_values_of_the_moment_it_was_begun(toy, tmp_path)
             torch.testing.assert_close(fresh.state[parameter]["exp_avg"], torch.full_like(parameter, 0.1))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(ray_session, toy, tmp_path):
+def test_a_loss_that_is_not_finite_again_and_again_ends_the_run_and_names_the_rows(
+    ray_session, toy, tmp_path
+):
+    """The stream of Ray Data, the engine and the meter as a worker has them, in this process."""
     run = new_run(tmp_path / "diverged", toy, steps=4, max_skipped_in_a_row=2)
-    policy = SmolVLAPolicy.from_pretrained(run.folder / "start")
+    policy = SmolVLAPolicy.from_pretrained(run.folder / "start").train()
     with torch.no_grad():
         policy.model.action_out_proj.bias.fill_(float("inf"))
-    policy.save_pretrained(run.folder / "start")
-    import ray.train
+    stream = micro_batches(toy[2], start=0, stop=16)
+    stream.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
+    feed = Feed(run, stream.iterator(), rank=0, num_workers=1, device=torch.device("cpu"))
+    with one_process():
+        engine, at = Engine(policy, run.train), Progress(step=0, samples_seen=0)
+        meter = Meter(run, rank=0, feed=feed, at=at, decoding_cpus=lambda: 1.0)
 
-    with pytest.raises(ray.train.TrainingFailedError, match="2 steps in a row were skipped"):
-        training.fit(run, toy[2], replace(CLUSTER, num_workers=1, max_failures=0))
+        def step(number):
+            count, batches = feed.of_step(number)
+            meter.step(number, engine.step(number, batches, count=count), log=False)
+
+        step(1)
+        with pytest.raises(FloatingPointError, match="2 steps in a row were skipped"):
+            step(2)
     skipped = [json.loads(line) for line in (run.folder / "skipped/rank_0.jsonl").read_text().splitlines()]
     assert [line["step"] for line in skipped] == [1, 2]
     assert len(skipped[0]["rows"][0]["frame_index"]) == TRAIN.micro_batch
+
+
+# ---- nodes and processes that die ----
+
+
+def wait_until(true, *, look_every_s=0.1):
+    deadline = time.monotonic() + READY_WITHIN_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(look_every_s)
+
+
+def assert_same_curve(run, other):
+    """Also where a step was computed twice by different numbers of workers."""
+    expected = losses(other)
+    assert {point["step"] for point in points(run)} == set(expected)
+    for point in points(run):
+        assert point["train/loss"] == pytest.approx(expected[point["step"]], rel=1e-5), point
+    assert recorded_rows(run) == recorded_rows(other)
+
+
+@pytest.fixture
+def further_nodes(services, ray_session):
+    """Two raylets with room for one worker each, as (node id, process); what is left of them is ended."""
+    found, started = [], []
+    for _ in range(2):
+        before = {node["NodeID"] for node in ray.nodes()}
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "3"]
+        command += ["--address", services["ray"]["address"], "--node-ip-address", "127.0.0.1"]
+        started.append(psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        wait_until(lambda before=before: new_nodes(before))
+        found.append((new_nodes(before)[0], started[-1]))
+    wait_until(lambda: ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"])
+    coordinator: Any = get_or_create_autoscaling_coordinator()
+    ray.get(coordinator._tick.remote())  # it looks every 20 s by itself
+    yield found
+    family = [child for process in started for child in (*process.children(recursive=True), process)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family)
+
+
+def new_nodes(before):
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in before]
+
+
+def kill_raylet(process):
+    (raylet,) = (child for child in process.children(recursive=True) if child.name() == "raylet")
+    raylet.kill()
+
+
+def test_a_data_process_dies_one_node_goes_with_notice_and_one_without_and_fewer_workers_go_on(
+    uninterrupted, further_nodes, services, toy, tmp_path
+):
+    """They share the policy by FSDP2, keep no activations; three cannot have equally many of a step's four
+    micro-batches. Where Ray says beforehand that a node will go, they save at once, not at the 30th step."""
+    (drained, drained_process), (_, lost_process) = further_nodes
+    writer = PacedWriter(tmp_path / "nodes/points.jsonl")
+    run = new_run(
+        tmp_path / "nodes", toy, checkpoint_every=30, parallel="fsdp", activation_checkpointing=True
+    )
+    run = replace(run, board=start_board(), writer=writer)
+    reader = HeldUpReader(
+        **{f.name: getattr(toy[2], f.name) for f in fields(toy[2])}, pid_file=tmp_path / "decoding"
+    )
+    saved = []
+
+    def kill_decoding_process():
+        while not reader.pid_file.exists():
+            time.sleep(0.1)
+        os.kill(int(reader.pid_file.read_text()), signal.SIGKILL)
+
+    def lose_nodes():
+        command = ["drain-node", "--node-id", drained, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        command += ["--reason-message", "test", "--deadline-remaining-seconds", "30"]
+        address = ["--address", services["ray"]["address"]]
+        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *command, *address], check=True)
+        wait_until(lambda: ray.get(run.board.saved_step.remote()))
+        saved.append(ray.get(run.board.saved_step.remote()))
+        kill_raylet(drained_process)
+        wait_until(lambda: len(attempts(run)) == 2 and len(attempts(run)[1]) > 3)
+        kill_raylet(lost_process)
+
+    watchers = [threading.Thread(target=kill_decoding_process, daemon=True), when(run, 2, lose_nodes)]
+    watchers[0].start()
+    training.fit(run, reader, replace(CLUSTER, num_workers=(1, 3), cpus_per_worker=3, max_failures=4))
+    for watcher in watchers:
+        watcher.join()
+    assert_same_curve(run, uninterrupted)
+    _, again, last = attempts(run)
+    assert 2 <= saved[0] < 30
+    assert again[0] == last[0]
+    assert saved[0] < again[0] <= 30
+    assert last[-1] == 40
+    assert (workers_by_step(run)[1], workers_by_step(run)[40]) == (3, 1)
+
+
+def attempts(run):
+    """The steps that each rank 0 logged, one after the other."""
+    found = {}
+    for point in points(run):
+        found.setdefault(point["pid"], []).append(point["step"])
+    return list(found.values())
+
+
+def workers_by_step(run):
+    """How many workers took rows in a step, over all attempts."""
+    found = Counter()
+    for file in (run.folder / "rows").iterdir():
+        found.update({json.loads(line)["step"] for line in file.read_text().splitlines()})
+    return found

@@ -11,6 +11,7 @@ from parity import Golden, relative_error
 from safetensors.torch import load_file, save_file
 
 from smolvla import SmolVLAPolicy
+from smolvla.lora import LoRA, add_adapters, save_adapter
 
 STATS = {
     "observation.state": {"mean": [0.3] * 7, "std": [1.5] * 7},
@@ -73,3 +74,66 @@ def test_lerobot_acts_like_us_on_our_checkpoint_and_we_load_what_it_saves(tmp_pa
             )
     again = returned.predict_actions(batch | {"task": TASKS}, golden.draw["noise"])
     assert relative_error(again, expected) < 1e-5
+
+
+# argv: our adapter, the observations, the answer, a folder for LeRobot's description of a dataset.
+ADAPTER_SCRIPT = """
+import sys
+import torch
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.policies.factory import make_policy, make_pre_post_processors
+from safetensors.torch import load_file, save_file
+
+adapter, observations, answer, folder = sys.argv[1:]
+config = PreTrainedConfig.from_pretrained(adapter)
+config.pretrained_path = adapter
+features = {
+    name: {"dtype": "image" if len(f.shape) == 3 else "float32", "shape": f.shape, "names": None}
+    for name, f in (config.input_features | config.output_features).items()
+}
+for feature in features.values():
+    if feature["dtype"] == "image":
+        feature["names"] = ["channels", "height", "width"]
+data = LeRobotDatasetMetadata.create("toy", 10, features, root=folder, use_videos=False)
+policy = make_policy(config, ds_meta=data).eval()
+print(type(policy).__name__)
+before, after = make_pre_post_processors(config, pretrained_path=adapter)
+tensors = load_file(observations)
+noise = tensors.pop("noise")
+batch = {n: t.float() / 255 if t.dtype == torch.uint8 else t for n, t in tensors.items()}
+batch["task"] = ["push"] * len(noise)
+chunk = policy.predict_action_chunk(before(batch), noise=noise)
+save_file({"chunk": after(chunk).contiguous()}, answer)
+"""
+
+
+@pytest.mark.skipif("LEROBOT_PYTHON" not in os.environ, reason="LEROBOT_PYTHON names no Python with lerobot")
+@pytest.mark.parametrize("fully", [(), ("action_out_proj",)])
+def test_lerobot_puts_our_adapter_on_its_base_and_acts_like_us(fully, tmp_path):
+    golden = Golden("default")
+    golden.policy().save_pretrained(tmp_path / "base", stats=STATS)
+    policy = SmolVLAPolicy.from_pretrained(tmp_path / "base").eval()
+    add_adapters(policy, LoRA(rank=4, alpha=8.0, train_fully=fully), seed=1)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    save_adapter(policy, tmp_path / "adapter", base=tmp_path / "base", state_dict=None)
+    columns = [*policy.config.camera_names, "observation.state"]
+    batch = {name: golden.batch[name].contiguous() for name in columns}
+    noise = golden.draw["noise"]
+    expected = policy.predict_actions(batch | {"task": ["push"] * len(noise)}, noise)
+
+    save_file(batch | {"noise": noise}, tmp_path / "observations")
+    paths = [str(tmp_path / name) for name in ("adapter", "observations", "answer", "described")]
+    done = subprocess.run(
+        [os.environ["LEROBOT_PYTHON"], "-c", ADAPTER_SCRIPT, *paths],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=300,
+        cwd=tmp_path / "base",
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+    )
+    assert "PeftModel" in done.stdout
+    assert relative_error(load_file(tmp_path / "answer")["chunk"], expected) < 1e-5
