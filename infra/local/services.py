@@ -84,7 +84,9 @@ def down() -> None:
             print(f"{name}: not running")
             continue
         family = [process, *process.children(recursive=True)]
-        process.terminate()
+        for member in family:  # the head alone would wait for others that wait for it
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.terminate()
         _, alive = psutil.wait_procs(family, timeout=STOP_WITHIN_S)
         for survivor in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
