@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -199,14 +199,17 @@ def golden_rows(micro_batch: int, *, shift: float = 0.01) -> tuple[Any, Callable
 
 
 def spawned(worker: Callable[..., None], *arguments: Any, processes: int) -> None:
-    """Run worker(rank, port, *arguments) in processes of their own; the port was free a moment ago."""
+    """Run worker(rank, meeting, *arguments) in processes of their own.
+
+    They meet with `init_method=f"{meeting}_<which group>"`, in files: a port that is free now may be taken by
+    the time it is used.
+    """
     import torch.multiprocessing as mp
 
     # Its children find imported what each would take seconds to import.
     multiprocessing.set_forkserver_preload(
         ["pipelines.checkpoint", "pipelines.validation", "smolvla.modeling"]
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(worker, (port, *arguments), nprocs=processes, start_method="forkserver")
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = f"file://{folder}/group"
+        mp.start_processes(worker, (meeting, *arguments), nprocs=processes, start_method="forkserver")

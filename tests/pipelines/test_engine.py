@@ -109,14 +109,13 @@ def curve(engine, rows, *, poisoned=None):
     return found, sorted({int(state["step"]) for state in engine.optimizer.state.values()})
 
 
-def on_workers(rank, port, folder):
+def on_workers(rank, meeting, folder):
     """Every case in turn, in the first so many of the processes: starting them takes longest."""
     torch.set_num_threads(1)
     for number, (name, (workers, settings, poisoned)) in enumerate(CASES.items()):
         if rank >= workers:
             continue
-        address = f"tcp://127.0.0.1:{port + number}"
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=workers)
+        dist.init_process_group("gloo", init_method=f"{meeting}_{number}", rank=rank, world_size=workers)
         try:
             draw, train = (poisoned_curve, TRAIN) if poisoned else (golden_curve, GOLDEN_TRAIN)
             found = draw(replace(train, **settings))

@@ -74,9 +74,9 @@ def runs(folder):
     return found
 
 
-def worker(rank, port, folder):
+def worker(rank, meeting, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     try:
         found = runs(folder)
     finally:

@@ -66,13 +66,12 @@ def measured(uri, folder, **settings):
     return values
 
 
-def workers(rank, port, uri, folder):
+def workers(rank, meeting, uri, folder):
     torch.set_num_threads(1)
     for number, (size, kind) in enumerate([(3, "ddp"), (3, "fsdp"), (2, "ddp"), (2, "fsdp")]):
         if rank >= size:
             continue
-        address = f"tcp://127.0.0.1:{port + number}"
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+        dist.init_process_group("gloo", init_method=f"{meeting}_{number}", rank=rank, world_size=size)
         try:
             found = measured(uri, folder, parallel=kind)
         finally:
