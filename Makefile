@@ -6,10 +6,8 @@ PY := "$(ROOT)/.venv/bin/python"
 STATE := $(CURDIR)/.local
 # Ray warns of each folder that it leaves out by default; ours are named instead.
 SUBMIT = . "$(STATE)/env" && RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES= \
-	$(PY) -m ray.scripts.scripts job submit --working-dir . --runtime-env-json '{ \
-		"excludes": [".git", ".venv", ".local", "tests", "docs"], \
-		"env_vars": {"SMOLVLA_GIT_COMMIT": "$(COMMIT)"}}' --
-COMMIT := $(shell git describe --always --dirty --abbrev=40 2>/dev/null)
+	$(PY) -m ray.scripts.scripts job submit --working-dir . \
+	--runtime-env-json "$$($(PY) -m jobs.environment)" --
 
 DATASET ?= $(STATE)/data/metaworld
 ifndef RUN

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import os
-import subprocess
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,16 +61,6 @@ def start_ray() -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     include_dashboard = False if address == "local" else None
     ray.init(address=address, logging_level=logging.WARNING, include_dashboard=include_dashboard)
-
-
-def git_commit() -> str | None:
-    """Commit of this code, "-dirty" added when it was changed.
-
-    A submitted working directory has no .git; SMOLVLA_GIT_COMMIT says it there. None: unknown.
-    """
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or os.environ.get("SMOLVLA_GIT_COMMIT") or None
 
 
 def _flags(job_class: type, prefix: str = "") -> dict[str, type]:

@@ -12,7 +12,8 @@ from typing import Any
 from ray.exceptions import RayTaskError
 from ray.experimental import tqdm_ray
 
-from jobs.command_line import fail, git_commit, start_ray
+from jobs.command_line import fail, start_ray
+from jobs.environment import git_commit
 from pipelines.ingestion import UNSEALED_PATH, Progress, TooManyRefusedError, ingest
 from pipelines.sealing import REFUSED_PATH
 from pipelines.sources import Source

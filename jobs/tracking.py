@@ -8,13 +8,14 @@ plan is for), so the first writing of a step stays and later ones are dropped; n
 
 import getpass
 import json
+import math
 import os
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from mlflow.exceptions import MlflowException
 from ray.train import Checkpoint, UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.command_line import git_commit
+from jobs.environment import git_commit
 from pipelines.dataset import filesystem_of
 from pipelines.run_storage import RunStorage
 
@@ -43,6 +44,9 @@ SPOOL = "metrics.jsonl"
 WAITING = "metrics_waiting.jsonl"  # in an object store: what was not delivered at the last checkpoint
 BATCH = 1000  # points; the REST API takes no more at once
 SHIP_EVERY_S = 1.0
+MEASURED = {"train/loss": "checkpoint/train_loss", "val/loss": "checkpoint/val_loss"}
+"""Of what is reported with a checkpoint, the metrics of its model. MLflow shows them at the run too, so they
+must not have the names of its curves."""
 RETRY_AFTER_S = 5.0
 CLIENT_ENVIRONMENT = {
     # Our own loop retries; MLflow's default is 7 retries with backoff, which blocks for four minutes.
@@ -50,6 +54,20 @@ CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1",  # its link lands in the GenAI view
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingOptions:
+    """Where MLflow is."""
+
+    uri: str = ""
+    """Of the server; empty: what MLFLOW_TRACKING_URI says, else http://127.0.0.1:5000."""
+    experiment: str = "smolvla"
+
+    def completed(self) -> "TrackingOptions":
+        """The same with the server's address."""
+        uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or "http://127.0.0.1:5000"
+        return replace(self, uri=uri)
 
 
 def check_reachable(uri: str) -> None:
@@ -237,8 +255,8 @@ class Shipper:
             self._spool.last_step = step
             self._spool.append({"step": step, "timestamp": timestamp_ms, "metrics": metrics})
 
-    def checkpoint(self, step: int, uri: str, metrics: dict[str, float]) -> None:
-        self._spool.append({"step": step, "checkpoint": uri, "metrics_at": metrics})
+    def checkpoint(self, step: int, uri: str, measured: dict[str, float], timestamp_ms: int) -> None:
+        self._spool.append({"step": step, "checkpoint": uri, "measured": measured, "timestamp": timestamp_ms})
 
     def tag(self, tags: dict[str, str]) -> None:
         self._spool.append({"tags": tags})
@@ -335,6 +353,12 @@ class Shipper:
         )
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         client.log_outputs(self._run.run_id, models=[LoggedModelOutput(model.model_id, step=record["step"])])
+        metrics = [
+            Metric(key, value, record["timestamp"], record["step"], model_id=model.model_id)
+            for key, value in record["measured"].items()
+            if math.isfinite(value)
+        ]
+        client.log_batch(self._run.run_id, metrics=metrics)
         client.set_tag(self._run.run_id, "latest_checkpoint", record["checkpoint"])
 
 
@@ -392,4 +416,5 @@ class CheckpointsInMlflow(UserCallback):
     ) -> None:
         if checkpoint is not None:
             uri = self._storage.address(Path(checkpoint.path).name)
-            self._writer.actor.checkpoint.remote(metrics[0]["step"], uri, {})
+            measured = {MEASURED[name]: value for name, value in metrics[0].items() if name in MEASURED}
+            self._writer.actor.checkpoint.remote(metrics[0]["step"], uri, measured, int(time.time() * 1000))

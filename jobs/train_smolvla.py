@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 import threading
@@ -27,6 +26,8 @@ import yaml
 from jobs import command_line, held_out, summary, tracking, training_data
 from jobs.ending import truthful_end
 from jobs.held_out import ValidationOptions
+from jobs.review import Review
+from jobs.tracking import TrackingOptions
 from jobs.training_data import DatasetOptions, TrainingData, readable, readable_vlm
 from pipelines import training
 from pipelines.augmentation import AugmentationConfig
@@ -116,13 +117,6 @@ class LoRAOptions:
         return LoRA(
             rank=self.rank, alpha=alpha, targets=tuple(self.targets), train_fully=tuple(self.train_fully)
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackingOptions:
-    uri: str = ""
-    """MLflow server; empty: what MLFLOW_TRACKING_URI says, else http://127.0.0.1:5000."""
-    experiment: str = "smolvla"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -526,8 +520,7 @@ def completed(job: TrainJob) -> TrainJob:
     datasets = [job.dataset.path, *(str(entry.get("path", "")) for entry in job.dataset.mixture)]
     names = "+".join(Path(path).name for path in datasets if path)
     name = job.run_name or f"{Path(job.policy.path).name}-{names}"
-    uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "http://127.0.0.1:5000"
-    return replace(job, run_name=name, tracking=replace(job.tracking, uri=uri))
+    return replace(job, run_name=name, tracking=job.tracking.completed())
 
 
 def as_yaml(job: TrainJob) -> str:
@@ -569,7 +562,9 @@ def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
             if at.step >= job.steps:
                 print(f"run {job.run_name} is complete at step {at.step}; nothing to do", flush=True)
             else:
+                review = Review(run, prepared.reader, prepared.train, step=at.step)
                 fit(job, prepared, writer, board, at_step=at.step)
+                review.close(CLOSE_WITHIN_S)
         finally:
             undelivered = writer.close(CLOSE_WITHIN_S)
     rest = {"checkpoints": f"{prepared.storage}/step_*", "MLflow": run.link}

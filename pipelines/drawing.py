@@ -15,6 +15,8 @@ from pipelines.inspection import Look, counted
 
 TILE_PX = 220
 """Side of the square that every image is fitted into."""
+SAMPLE_PX = 384
+"""Larger side of the largest image of a sample."""
 GAP_PX = 6
 MARGIN_PX = 18
 LABEL_PX = 26
@@ -22,6 +24,7 @@ LABEL_PX = 26
 INK, GREY, MISSING = "#1b1f24", "#5b6470", "#c0392b"
 STATE_COLOUR, ACTION_COLOUR = "#1f6fb4", "#d9730d"
 PANELS_ACROSS = 4
+HISTOGRAM_BINS = 50
 CHARACTERS_A_PANEL = 40
 """Of the title's type, above one panel."""
 MOST_PANELS = 64
@@ -47,6 +50,35 @@ def contact_sheet(looks: Sequence[Look], *, title: str, fps: float) -> Image.Ima
         sheet.paste(band, (0, top))
         top += band.height
     return sheet
+
+
+def sample_card(images: Mapping[str, np.ndarray], *, task: str, place: str) -> Image.Image:
+    """Draw a sample's images, each (h, w, 3) uint8, side by side, and its instruction."""
+    tiles = {name: Image.fromarray(np.ascontiguousarray(image)) for name, image in images.items()}
+    scale = SAMPLE_PX / max(max(tile.size) for tile in tiles.values())
+    if scale > 1:  # small ones are enlarged, pixel by pixel: what the model is given is not smoother
+        sizes = {
+            name: (round(tile.width * scale), round(tile.height * scale)) for name, tile in tiles.items()
+        }
+        tiles = {name: tile.resize(sizes[name], Image.Resampling.NEAREST) for name, tile in tiles.items()}
+    width = sum(tile.width + GAP_PX for tile in tiles.values()) - GAP_PX + 2 * MARGIN_PX
+    height = max(tile.height for tile in tiles.values())
+    card = Image.new("RGB", (width, height + 92), "white")
+    draw = ImageDraw.Draw(card)
+    draw.text(
+        (MARGIN_PX, 10),
+        _shortened(task, _font(18, bold=True), width - 2 * MARGIN_PX),
+        INK,
+        _font(18, bold=True),
+    )
+    draw.text((MARGIN_PX, 36), place, GREY, font=_font(13))
+    left = MARGIN_PX
+    for name, tile in tiles.items():
+        card.paste(tile, (left, 58))
+        label = _shortened(name.removeprefix("observation.images."), _font(13), tile.width)
+        draw.text((left, 62 + height), label, GREY, font=_font(13))
+        left += tile.width + GAP_PX
+    return card
 
 
 def _band(look: Look, *, width: int, fps: float) -> Image.Image:
@@ -155,11 +187,54 @@ def curves(
             axis.set_xlabel("time [s]", fontsize=9)
             axis.tick_params(labelbottom=True)
     _legend(figure)
+    _title(figure, title, across=across)
+    return figure
+
+
+def histograms(
+    values: Mapping[str, np.ndarray],
+    names: Mapping[str, Sequence[str]],
+    unit: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    title: str,
+) -> Figure:
+    """Draw a panel for every number of state and action: how often which value occurs.
+
+    Args:
+        values: `observation.state` and `action`, each (N, D).
+        names: For each the names of its D numbers.
+        unit: For each what normalisation makes -1 and 1 of, (D,) each; grey in the panel.
+        title: Lines, each cut to the width of the figure.
+    """
+    panels = [(vector, number) for vector in values for number in range(values[vector].shape[1])]
+    shown = panels[:MOST_PANELS]
+    if len(panels) > len(shown):
+        title += f"\nThe first {len(shown)} of {len(panels)} panels."
+    across = min(PANELS_ACROSS, len(shown))
+    down = -(-len(shown) // across)
+    figure = Figure(figsize=(3.2 * across + 0.5, 1.7 * down + 1.0), dpi=100, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    for axis, (vector, number) in zip(axes, shown, strict=False):
+        low, high = (float(bound[number]) for bound in unit[vector])
+        axis.axvspan(low, high, color="#e3e6ea", zorder=0)
+        colour = ACTION_COLOUR if vector == "action" else STATE_COLOUR
+        axis.hist(values[vector][:, number], bins=HISTOGRAM_BINS, color=colour, log=True)
+        label = f"{vector.removeprefix('observation.')} {names[vector][number]}"
+        axis.set_title(label, fontsize=9, loc="left", pad=3, parse_math=False)
+        axis.tick_params(labelsize=7)
+    for axis in axes[len(shown) :]:
+        axis.set_visible(False)
+    for axis in axes[::across][:down]:
+        axis.set_ylabel("frames", fontsize=8)
+    _title(figure, title, across=across)
+    return figure
+
+
+def _title(figure: Figure, title: str, *, across: int) -> None:
     lines = [
         textwrap.shorten(line, CHARACTERS_A_PANEL * across, placeholder=" ...") for line in title.split("\n")
     ]
     figure.suptitle("\n".join(lines), fontsize=12, parse_math=False)  # an instruction may have dollar signs
-    return figure
 
 
 def _panels(state: Sequence[str], action: Sequence[str]) -> list[tuple[int | None, int | None]]:

@@ -68,8 +68,9 @@ class Saver:
 
     def _report(self, name: str, at: Progress, loss: float, complete: Any) -> None:
         filesystem, root = self._run.storage.place()
+        measured = {"train/loss": loss} | ({} if at.val_loss is None else {"val/loss": at.val_loss})
         ray.train.report(
-            {"step": at.step, "samples_seen": at.samples_seen, "train/loss": loss},
+            {"step": at.step, "samples_seen": at.samples_seen, **measured},
             checkpoint=Checkpoint(f"{root}/{name}", filesystem),
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,

@@ -1,5 +1,7 @@
 """The job as users meet it: submitted to a real cluster, killed, stopped, reviewed in a real MLflow."""
 
+import base64
+import gzip
 import json
 import os
 import re
@@ -12,14 +14,17 @@ import time
 from pathlib import Path
 
 import draccus
+import mlflow
 import numpy as np
 import pytest
+import ray
 from mlflow import MlflowClient
 from ray.job_submission import JobStatus, JobSubmissionClient
 from test_ingest_s3 import SECRETS, bucket, server
 from toys import with_cut_image
 
-from jobs import command_line, train_smolvla
+from jobs import command_line, reap_runs, train_smolvla
+from jobs.tracking import TrackingOptions
 from jobs.train_smolvla import TrainJob
 from pipelines.dataset import filesystem_of
 from pipelines.files import exists, joined
@@ -29,6 +34,8 @@ from smolvla import SmolVLAPolicy
 assert bucket, server  # fixtures
 
 ROOT = Path(__file__).parents[2]
+CHANGES = "# untracked: notes.txt\n"
+PACKED = base64.b64encode(gzip.compress(CHANGES.encode())).decode()
 STEPS = 40  # enough that a stop finds the run unfinished
 
 
@@ -36,7 +43,8 @@ class Jobs:
     """Submits the training job and waits for what it does."""
 
     def __init__(self, services, storage):
-        self.client = JobSubmissionClient(services["ray"]["url"])
+        self.url = services["ray"]["url"]
+        self.client = JobSubmissionClient(self.url)
         self.mlflow_uri, self.storage = services["mlflow"]["url"], storage
         self.mlflow = MlflowClient(self.mlflow_uri)
 
@@ -61,8 +69,9 @@ class Jobs:
     def submit(self, name, dataset, **changes):
         environment = {
             "working_dir": str(ROOT),
-            "excludes": ["tests", ".local", "data"],
-            "env_vars": SECRETS | {"SMOLVLA_GIT_COMMIT": "c0ffee", "OMP_NUM_THREADS": "1"},
+            "excludes": ["tests", ".local", "data", ".git"],
+            "env_vars": SECRETS
+            | {"SMOLVLA_GIT_COMMIT": "c0ffee", "SMOLVLA_GIT_CHANGES": PACKED, "OMP_NUM_THREADS": "1"},
         }
         command = f"python jobs/train_smolvla.py {self.flags(name, dataset, **changes)}"
         return self.client.submit_job(entrypoint=command, runtime_env=environment)
@@ -97,6 +106,23 @@ class Jobs:
         storage = storage or RunStorage(folder=self.storage / name)
         return self.mlflow.get_run(storage.read_json("run.json")["mlflow_run_id"])
 
+    def artifacts(self, name, folder=None):
+        """Paths of all files that MLflow has of a run."""
+        run_id = self.run_of(name).info.run_id
+        for entry in self.mlflow.list_artifacts(run_id, folder):
+            if entry.is_dir:
+                yield from self.artifacts(name, entry.path)
+            else:
+                yield entry.path
+
+    def artifact(self, name, path):
+        """The text of one of them."""
+        run_id = self.run_of(name).info.run_id
+        place = mlflow.artifacts.download_artifacts(
+            run_id=run_id, artifact_path=path, tracking_uri=self.mlflow_uri
+        )
+        return Path(place).read_text()
+
     def curve(self, name, storage=None):
         """step -> loss as MLflow has it; each step must be there once."""
         run_id = self.run_of(name, storage).info.run_id
@@ -113,7 +139,7 @@ def jobs(services, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(jobs, episodes):
-    job = jobs.submit("uninterrupted", episodes)
+    job = jobs.submit("uninterrupted", episodes, record_rows="true")
     status = jobs.wait(job)
     logs = jobs.client.get_job_logs(job)
     assert status == JobStatus.SUCCEEDED, logs[-4000:]
@@ -132,14 +158,44 @@ def test_a_submitted_run_is_reviewable_in_mlflow(uninterrupted, jobs, episodes):
     assert run.inputs.dataset_inputs[0].dataset.digest == fingerprint[:32]
     assert run.data.tags["mlflow.source.git.commit"] == "c0ffee"
     assert run.data.tags["ray_job_id"].startswith("raysubmit_")
-    artifacts = [entry.path for entry in jobs.mlflow.list_artifacts(run.info.run_id, "config")]
-    assert artifacts == ["config/identity.json", "config/job.yaml", "config/policy.json"]
+    assert {
+        "config/identity.json",
+        "config/job.yaml",
+        "config/policy.json",
+        "environment/changes.patch",
+        "environment/machine.json",
+        "environment/packages.txt",
+        "plan.json",
+        f"data/{episodes.name}/report.txt",
+        f"data/{episodes.name}/contact_sheet.png",
+        f"data/{episodes.name}/normalization.png",
+    } <= set(jobs.artifacts("uninterrupted"))
+    assert len({path for path in jobs.artifacts("uninterrupted") if re.search(r"samples.*\.png$", path)}) == 8
+    assert jobs.artifact("uninterrupted", "environment/changes.patch") == CHANGES
+    assert f"ray=={ray.__version__}" in jobs.artifact("uninterrupted", "environment/packages.txt")
+    plan = json.loads(jobs.artifact("uninterrupted", "plan.json"))
+    assert plan["first_rows"] == trained_rows(jobs.storage / "uninterrupted", step=1)
+    assert [entry["fingerprint"] for entry in plan["datasets"]] == [fingerprint]
     folders = sorted(str(path) for path in (jobs.storage / "uninterrupted").glob("step_*"))
     models = jobs.mlflow.search_logged_models(
         [run.info.experiment_id], f"source_run_id = '{run.info.run_id}'"
     )
     assert sorted(model.params["checkpoint_uri"] for model in models) == folders
+    losses = jobs.curve("uninterrupted")
+    for model in models:
+        (metric,) = model.metrics
+        assert (metric.key, metric.value) == ("checkpoint/train_loss", losses[int(model.params["step"])])
     assert run.data.tags["latest_checkpoint"] == folders[-1]
+
+
+def trained_rows(folder, *, step):
+    """[source, episode, frame] of the rows that the workers noted in a step, in the order of the plan."""
+    lines = [
+        json.loads(line) for file in (folder / "rows").iterdir() for line in file.read_text().splitlines()
+    ]
+    found = sorted((line for line in lines if line["step"] == step), key=lambda line: line["micro_batch"])
+    names = ("source", "episode_index", "frame_index")
+    return [list(row) for line in found for row in zip(*(line[name] for name in names), strict=True)]
 
 
 def test_the_terminal_shows_the_config_the_link_and_the_progress(uninterrupted, jobs):
@@ -179,7 +235,11 @@ def test_a_job_is_stopped_then_its_driver_and_its_node_are_lost_and_the_run_goes
     jobs.wait_for_file(run.address("step_000000020/MANIFEST.json"), job)
     os.kill(int(jobs.client.get_job_info(job).driver_info.pid), signal.SIGKILL)
     assert jobs.wait(job) == JobStatus.FAILED
+    assert jobs.run_of("stored", run).info.status == "RUNNING"  # nobody was left to say it
     shutil.rmtree(work)
+    reap(jobs)
+    assert jobs.run_of("stored", run).info.status == "FAILED"
+    assert jobs.run_of("stored", run).data.tags["reaped"] == f"job {job} is FAILED"
     damaged = [name for name in run.checkpoints() if int(name.removeprefix("step_")) >= 20]
     filesystem, root = run.place()
     for name in damaged:
@@ -201,6 +261,12 @@ def test_a_job_is_stopped_then_its_driver_and_its_node_are_lost_and_the_run_goes
     models = jobs.mlflow.search_logged_models([ended.info.experiment_id], f"name = '{newest.name}'")
     assert run.address(newest.name) in {model.params["checkpoint_uri"] for model in models}
     assert not list(folder.glob("staging/*/*"))
+
+
+def reap(jobs):
+    """As an administrator does it from outside."""
+    options = TrackingOptions(uri=jobs.mlflow_uri)
+    reap_runs.main(reap_runs.ReapRuns(tracking=options, cluster=jobs.url))
 
 
 def test_a_complete_run_started_again_has_nothing_to_do(uninterrupted, jobs, episodes, capsys, monkeypatch):
@@ -246,6 +312,11 @@ def test_a_checkpoint_is_fine_tuned_on_other_cameras_several_draws_a_sample_and_
     cameras = ["observation.images.wrist"]
     assert run.data.metrics.keys() >= {"val/loss", "val/loss_ema", "val/frames"}
     assert run.data.tags["best_checkpoint"] == str(folder / "step_000000040")
+    (model,) = jobs.mlflow.search_logged_models(
+        [run.info.experiment_id], f"source_run_id = '{run.info.run_id}'"
+    )
+    measured = {metric.key: metric.value for metric in model.metrics}
+    assert measured["checkpoint/val_loss"] == pytest.approx(run.data.metrics["val/loss"], rel=1e-6)
     assert float(run.data.tags["best_val_loss"]) == pytest.approx(run.data.metrics["val/loss"], rel=1e-5)
     assert {path.name for path in (folder / "step_000000040").glob("adapter*")} == {"adapter", "adapter_ema"}
     assert named == [{"dataset": str(broken), "episode": 2, "frame": 5, "cameras": cameras}]
