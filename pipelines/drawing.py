@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.inspection import Look, counted
@@ -219,6 +220,8 @@ def histograms(
         axis.axvspan(low, high, color="#e3e6ea", zorder=0)
         colour = ACTION_COLOUR if vector == "action" else STATE_COLOUR
         axis.hist(values[vector][:, number], bins=HISTOGRAM_BINS, color=colour, log=True)
+        axis.set_ylim(bottom=0.7)  # one frame far outside is seen
+        axis.yaxis.set_minor_formatter(NullFormatter())
         label = f"{vector.removeprefix('observation.')} {names[vector][number]}"
         axis.set_title(label, fontsize=9, loc="left", pad=3, parse_math=False)
         axis.tick_params(labelsize=7)
