@@ -38,6 +38,7 @@ def tree(tmp_path):
     (folder / "jobs").mkdir(parents=True)
     (folder / "jobs/__init__.py").touch()
     (folder / "table.txt").touch()
+    (folder / ".gitignore").write_text("__pycache__/\n")
     shutil.copy(SOURCE, folder / "jobs")
     git(folder, "init", "-q")
     git(folder, "add", ".")
