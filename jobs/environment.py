@@ -29,7 +29,7 @@ def git_commit() -> str | None:
 
 def git_changes() -> str | None:
     """What the code differs in from its commit: untracked files by name, then the diff; None: unknown."""
-    if not (ROOT / ".git").exists():
+    if not _is_checkout():
         given = os.environ.get(CHANGES)
         return gzip.decompress(base64.b64decode(given)).decode() if given else None
     untracked = _git("ls-files", "--others", "--exclude-standard").splitlines()
@@ -54,25 +54,29 @@ def machine() -> dict[str, Any]:
 
 def runtime_environment() -> dict[str, Any]:
     """For `ray job submit --runtime-env-json`: what is left out of the upload, and where the code stands."""
-    changes = git_changes() or ""
-    packed = _packed(changes)
-    if len(packed) > MOST_BYTES:
-        told = f"# {len(changes)} characters of changes are too many for a job's variables; a summary:\n"
-        packed = _packed(told + _git("diff", "HEAD", "--stat"))
-    variables = {COMMIT: git_commit() or "", CHANGES: packed if changes else ""}
-    return {
-        "excludes": list(EXCLUDES),
-        "env_vars": {name: value for name, value in variables.items() if value},
-    }
+    variables = {}
+    if commit := git_commit():
+        variables[COMMIT] = commit
+    if changes := git_changes():
+        variables[CHANGES] = _packed(changes)
+        if len(variables[CHANGES]) > MOST_BYTES:
+            told = f"# {len(changes)} characters of changes are too many for a job's variables; a summary:\n"
+            variables[CHANGES] = _packed(told + _git("diff", "HEAD", "--stat"))
+    return {"excludes": list(EXCLUDES), "env_vars": variables}
 
 
 def _packed(text: str) -> str:
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
+def _is_checkout() -> bool:
+    """Whether this tree is git's own; git would take a submitted copy for a part of what it lies in."""
+    return (ROOT / ".git").exists()
+
+
 def _git(*words: str) -> str:
     """What git prints; nothing where this is no work tree of it."""
-    if not (ROOT / ".git").exists():  # else a submitted copy would be taken for a part of what it lies in
+    if not _is_checkout():
         return ""
     command = ["git", "-C", str(ROOT), *words]
     found = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -83,11 +83,10 @@ def report(job: InspectDataset) -> dict[str, Any]:
     name = job.path.partition("?")[0].rstrip("/").rpartition("/")[2] or "dataset"
     output = job.output or f"outputs/inspect/{name}"
     seen = looks(dataset, episodes=job.sheet_episodes, moments=job.sheet_moments)
-    found = [*inspection.warnings, *(warning for look in seen for warning in look.warnings)]
-    for text in (*facts(inspection), *statistics_table(dataset), *remarks(inspection, found)):
+    for text in told(inspection, seen):
         print(text)
     pictures = {
-        "contact_sheet": _png(_sheet(dataset, seen, name=name)),
+        "contact_sheet": _png(contact_sheet(dataset, seen, name=name)),
         "curves": _png(_curves(dataset, row, name=name)),
     }
     paths = {kind: _written(output, f"{kind}.png", data) for kind, data in pictures.items()}
@@ -103,11 +102,23 @@ def report(job: InspectDataset) -> dict[str, Any]:
         "cameras": dataset.camera_names,
         "fingerprint": dataset.fingerprint,
         "recorded": recorded,
-        "warnings": found,
+        "warnings": warned(inspection, seen),
     } | paths
 
 
 # --- text ---
+
+
+def told(inspection: Inspection, seen: Sequence[Look]) -> Iterator[str]:
+    """All that is said of a dataset, by line."""
+    yield from facts(inspection)
+    yield from statistics_table(inspection.dataset)
+    yield from remarks(inspection, warned(inspection, seen))
+
+
+def warned(inspection: Inspection, seen: Sequence[Look]) -> list[str]:
+    """The warnings of the whole dataset and of what was looked at."""
+    return [*inspection.warnings, *(warning for look in seen for warning in look.warnings)]
 
 
 def facts(inspection: Inspection) -> Iterator[str]:
@@ -217,7 +228,8 @@ def remarks(inspection: Inspection, found: Sequence[str]) -> Iterator[str]:
 # --- pictures ---
 
 
-def _sheet(dataset: EpisodeDataset, seen: Sequence[Look], *, name: str) -> Image.Image:
+def contact_sheet(dataset: EpisodeDataset, seen: Sequence[Look], *, name: str) -> Image.Image:
+    """A few moments of a few episodes."""
     title = f"{name}: {len(seen)} of {len(dataset.episode_index)} episodes"
     return drawing.contact_sheet(seen, title=title, fps=dataset.fps)
 

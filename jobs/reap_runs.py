@@ -9,7 +9,7 @@ of jobs that this cluster does not know may belong to another one: they are list
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mlflow import MlflowClient
@@ -71,7 +71,7 @@ def jobs_of(address: str) -> Mapping[str, JobStatus]:
     return {details.submission_id: details.status for details in known if details.submission_id}
 
 
-def running(client: MlflowClient) -> Iterator[Run]:
+def running(client: MlflowClient) -> list[Run]:
     """All runs of the server that say RUNNING."""
     experiments = [entry.experiment_id for entry in client.search_experiments(max_results=PAGE)]
     token = None
@@ -83,7 +83,7 @@ def running(client: MlflowClient) -> Iterator[Run]:
         found += page  # all of them before the first one is ended: pages count from the front
         token = page.token
         if not token:
-            return iter(found)
+            return found
 
 
 def verdict_of(status: JobStatus | None, *, unknown: bool) -> str | None:

@@ -32,8 +32,10 @@ from jobs.command_line import parsed, refusals
 from jobs.environment import ROOT
 from jobs.served_policy import ANSWER, ARTIFACT, TASK
 from jobs.tracking import TrackingOptions
+from pipelines.checkpoint import PRETRAINED
+from pipelines.files import joined, parted
 from pipelines.progress import folder_name
-from pipelines.run_storage import DamagedError, RunStorage
+from pipelines.run_storage import RunStorage
 from smolvla import SmolVLAPolicy
 from smolvla.features import STATE
 
@@ -68,7 +70,7 @@ def main(job: RegisterPolicy) -> None:
         client = tracking.client_of(uri)
         training = run_of(client, job.run_id)
         checkpoint = checkpoint_of(training, job.step)
-        policy = fetched(checkpoint, Path(work)) / ("pretrained_model_ema" if job.ema else "pretrained_model")
+        policy = fetched(checkpoint, Path(work)) / (f"{PRETRAINED}_ema" if job.ema else PRETRAINED)
         if not policy.is_dir():
             raise ValueError(f"ema {job.ema}: {checkpoint} has no {policy.name}")
         mlflow.set_tracking_uri(uri)
@@ -122,8 +124,7 @@ def checkpoint_of(training: Run, step: int | None) -> str:
         raise ValueError(f"run_id {training.info.run_id!r} has no checkpoint")
     if step is None:
         return chosen
-    address, mark, query = chosen.partition("?")
-    return f"{address.rpartition('/')[0]}/{folder_name(step)}{mark}{query}"
+    return joined(parted(chosen)[0], folder_name(step))
 
 
 def fetched(checkpoint: str, work: Path) -> Path:
@@ -132,19 +133,12 @@ def fetched(checkpoint: str, work: Path) -> Path:
     Raises:
         ValueError: it is not there, or not what its manifest says.
     """
-    address, mark, query = checkpoint.partition("?")
-    parent, _, name = address.rpartition("/")
-    remote = "://" in address
-    storage = RunStorage(
-        folder=work if remote else Path(parent), uri=f"{parent}{mark}{query}" if remote else ""
-    )
-    try:
-        found = storage.fetched(name)
-    except DamagedError as error:
-        raise ValueError(f"checkpoint {checkpoint}: {error}") from None
+    run, name = parted(checkpoint)
+    remote = "://" in checkpoint
+    storage = RunStorage(folder=work if remote else Path(run), uri=run if remote else "")
     if reason := storage.problem(name):
         raise ValueError(f"checkpoint {checkpoint}: {reason}")
-    return found
+    return storage.folder / name
 
 
 def lineage(training: Run, checkpoint: str) -> dict[str, str]:

@@ -11,7 +11,6 @@ Nothing waits for it: it is made and sent by a thread of the driver while the wo
 """
 
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,27 +76,16 @@ class Review:
             client.log_image(self._run.run_id, np.asarray(card), key="samples", step=step, synchronous=True)
 
     def _send_dataset(self, source: Source) -> None:
-        dataset, name = source.dataset, name_of(source)
+        dataset, name = source.dataset, source.title
         client, run_id, folder = self._run.client, self._run.run_id, f"data/{name}"
         inspection = inspect(dataset.uri)
         seen = looks(dataset, episodes=SHEET_EPISODES, moments=SHEET_MOMENTS)
-        found = [*inspection.warnings, *(warning for look in seen for warning in look.warnings)]
-        lines = (
-            *inspect_dataset.facts(inspection),
-            *inspect_dataset.statistics_table(dataset),
-            *inspect_dataset.remarks(inspection, found),
-        )
-        client.log_text(run_id, "\n".join(lines) + "\n", f"{folder}/report.txt")
-        title = f"{name}: {len(seen)} of {len(dataset.episode_index)} episodes"
-        sheet = drawing.contact_sheet(seen, title=title, fps=dataset.fps)
+        text = "\n".join(inspect_dataset.told(inspection, seen)) + "\n"
+        client.log_text(run_id, text, f"{folder}/report.txt")
+        sheet = inspect_dataset.contact_sheet(dataset, seen, name=name)
         client.log_image(run_id, sheet, f"{folder}/contact_sheet.png")
         figure = normalization_figure(source, name=name)
         client.log_figure(run_id, figure, f"{folder}/normalization.png")
-
-
-def name_of(source: Source) -> str:
-    """What metrics and files call a dataset."""
-    return source.name or Path(source.dataset.uri).name
 
 
 def plan_summary(reader: SampleReader, train: TrainConfig) -> dict[str, Any]:
@@ -120,7 +108,7 @@ def plan_summary(reader: SampleReader, train: TrainConfig) -> dict[str, Any]:
         "samples": train.steps * train.batch_size,
         "datasets": [
             {
-                "name": name_of(source),
+                "name": source.title,
                 "fingerprint": source.dataset.fingerprint,
                 "episodes": len(source.dataset.episode_index),
                 "frames": source.dataset.num_frames,

@@ -50,15 +50,15 @@ class ServedPolicy(mlflow.pyfunc.PythonModel):
             for name, value in row.items()
             if name not in (STATE, TASK)
         }
-        observation[STATE] = torch.tensor(np.asarray(row[STATE], dtype=np.float32))[None]
         if not isinstance(row[TASK], str):
             raise refused(f"row {number}: {TASK} {row[TASK]!r} is not a text")
         config = self._policy.config
         shape = (1, config.chunk_size, config.max_action_dim)
         noise = sample_noise(shape, torch.Generator().manual_seed(seed), device=self._policy.device)
         try:
+            observation[STATE] = torch.tensor(np.asarray(row[STATE], dtype=np.float32))[None]
             return self._policy.predict_actions(observation | {TASK: row[TASK]}, noise)[0].cpu().numpy()
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise refused(f"row {number}: {error}") from None
 
 

@@ -38,6 +38,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.environment import git_commit
 from pipelines.dataset import filesystem_of
+from pipelines.files import parted
 from pipelines.run_storage import RunStorage
 
 SPOOL = "metrics.jsonl"
@@ -156,7 +157,7 @@ def log_dataset(
 ) -> None:
     """The dataset as an input of the run, with its content's fingerprint as digest."""
     entity = Dataset(
-        name=Path(uri).name,
+        name=parted(uri)[1],
         digest=fingerprint[:32],  # MLflow's column takes 36
         source_type="episode_dataset",
         source=json.dumps({"uri": uri, "fingerprint": fingerprint}),
@@ -333,7 +334,7 @@ class Shipper:
 
     def _log_checkpoint(self, client: MlflowClient, record: Mapping[str, Any]) -> None:
         """The checkpoint by reference; those that retention removed from storage leave the list."""
-        name = Path(record["checkpoint"].partition("?")[0]).name
+        _, name = parted(record["checkpoint"])
         models = client.search_logged_models(
             [self._run.experiment_id], filter_string=f"source_run_id = '{self._run.run_id}'"
         )

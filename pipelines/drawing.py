@@ -168,27 +168,17 @@ def curves(
     """
     state, action = "observation.state", "action"
     panels = _panels(names[state], names[action])
-    shown = panels[:MOST_PANELS]
-    if len(panels) > len(shown):
-        title += f"\nThe first {len(shown)} of {len(panels)} panels."
-    across = min(PANELS_ACROSS, len(shown))
-    down = -(-len(shown) // across)
-    figure = Figure(figsize=(4.0 * across + 0.5, 1.9 * down + 1.1), dpi=100, layout="constrained")
-    axes = figure.subplots(down, across, sharex=True, squeeze=False).ravel()
+    figure, axes = _grid(len(panels), title=title, panel_inches=(4.0, 1.9), sharex=True)
     time_s = np.arange(len(vectors[state])) / fps
-    for axis, (state_number, action_number) in zip(axes, shown, strict=False):
+    for axis, (state_number, action_number) in zip(axes, panels, strict=False):
         state_curve = None if state_number is None else vectors[state][:, state_number]
         action_curve = None if action_number is None else vectors[action][:, action_number]
         label = _panel_label(names, state_number, action_number)
         _draw_panel(axis, time_s, state_curve, action_curve, label=label)
-    for axis in axes[len(shown) :]:
-        axis.set_visible(False)
-    for place, axis in enumerate(axes[: len(shown)]):
-        if place + across >= len(shown):  # nothing stands below it
-            axis.set_xlabel("time [s]", fontsize=9)
-            axis.tick_params(labelbottom=True)
+    for axis in axes[-PANELS_ACROSS:]:  # nothing stands below them
+        axis.set_xlabel("time [s]", fontsize=9)
+        axis.tick_params(labelbottom=True)
     _legend(figure)
-    _title(figure, title, across=across)
     return figure
 
 
@@ -208,14 +198,8 @@ def histograms(
         title: Lines, each cut to the width of the figure.
     """
     panels = [(vector, number) for vector in values for number in range(values[vector].shape[1])]
-    shown = panels[:MOST_PANELS]
-    if len(panels) > len(shown):
-        title += f"\nThe first {len(shown)} of {len(panels)} panels."
-    across = min(PANELS_ACROSS, len(shown))
-    down = -(-len(shown) // across)
-    figure = Figure(figsize=(3.2 * across + 0.5, 1.7 * down + 1.0), dpi=100, layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).ravel()
-    for axis, (vector, number) in zip(axes, shown, strict=False):
+    figure, axes = _grid(len(panels), title=title, panel_inches=(3.2, 1.7))
+    for axis, (vector, number) in zip(axes, panels, strict=False):
         low, high = (float(bound[number]) for bound in unit[vector])
         axis.axvspan(low, high, color="#e3e6ea", zorder=0)
         colour = ACTION_COLOUR if vector == "action" else STATE_COLOUR
@@ -225,12 +209,27 @@ def histograms(
         label = f"{vector.removeprefix('observation.')} {names[vector][number]}"
         axis.set_title(label, fontsize=9, loc="left", pad=3, parse_math=False)
         axis.tick_params(labelsize=7)
-    for axis in axes[len(shown) :]:
-        axis.set_visible(False)
-    for axis in axes[::across][:down]:
+    for axis in axes[::PANELS_ACROSS]:
         axis.set_ylabel("frames", fontsize=8)
-    _title(figure, title, across=across)
     return figure
+
+
+def _grid(
+    panels: int, *, title: str, panel_inches: tuple[float, float], sharex: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of up to MOST_PANELS panels, row by row, with a title that says how many are left out."""
+    shown = min(panels, MOST_PANELS)
+    if panels > shown:
+        title += f"\nThe first {shown} of {panels} panels."
+    across = min(PANELS_ACROSS, shown)
+    down = -(-shown // across)
+    size = (panel_inches[0] * across + 0.5, panel_inches[1] * down + 1.1)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    axes = figure.subplots(down, across, sharex=sharex, squeeze=False).ravel()
+    for axis in axes[shown:]:
+        axis.set_visible(False)
+    _title(figure, title, across=across)
+    return figure, list(axes[:shown])
 
 
 def _title(figure: Figure, title: str, *, across: int) -> None:

@@ -76,5 +76,12 @@ def joined(uri: str, name: str) -> str:
     return f"{path.rstrip('/')}/{name}{mark}{options}"
 
 
+def parted(uri: str) -> tuple[str, str]:
+    """The folder that something is in, and its name there; the inverse of `joined`."""
+    path, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    folder, _, name = path.rstrip("/").rpartition("/")
+    return f"{folder}{mark}{options}", name
+
+
 def exists(filesystem: pafs.FileSystem, path: str) -> bool:
     return filesystem.get_file_info(path).type == pafs.FileType.File

@@ -46,7 +46,7 @@ def trained_datasets(reader: SampleReader) -> tuple[TrainedDataset, ...]:
     """The datasets of a stream, by number of the source."""
     return tuple(
         TrainedDataset(
-            name=source.name or Path(source.dataset.uri).name,
+            name=source.title,
             uri=source.dataset.uri,
             num_frames=source.dataset.num_frames,
             share=reader.plan.share(number),

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from pipelines.augmentation import AugmentationConfig, augmented, draws
 from pipelines.dataset import EpisodeDataset
+from pipelines.files import parted
 from pipelines.images import decoded_image, fitted_size, shrunk
 from pipelines.plan import Plan, Rows
 from pipelines.windows import Int64, frame_steps
@@ -73,6 +74,11 @@ class Source:
     """Camera column of the dataset -> camera of the policy; others keep their names."""
     name: str = ""
     """What metrics and files call it; empty: the end of its URI."""
+
+    @property
+    def title(self) -> str:
+        """Its name, given or not."""
+        return self.name or parted(self.dataset.uri)[1]
 
     @property
     def camera_columns(self) -> dict[str, str]:

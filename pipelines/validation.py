@@ -266,7 +266,7 @@ class Summary:
         self.tasks = {
             i: self._part(held_out.tasks[i], task == i) for i in np.unique(task).astype(int).tolist()
         }
-        names = [source.name or Path(source.dataset.uri).name for source in held_out.reader.sources]
+        names = [source.title for source in held_out.reader.sources]
         self.datasets = {i: self._part(name, frames.source == i) for i, name in enumerate(names)}
 
     def _part(self, name: str, chosen: Any) -> Part:

@@ -45,22 +45,11 @@ def test_lerobot_acts_like_us_on_our_checkpoint_and_we_load_what_it_saves(tmp_pa
     golden = Golden("default")
     golden.policy().save_pretrained(tmp_path / "ours", stats=STATS)
     policy = SmolVLAPolicy.from_pretrained(tmp_path / "ours").eval()
-    columns = [*policy.config.camera_names, "observation.state"]
-    batch = {name: golden.batch[name].contiguous() for name in columns}
+    batch = observations(golden)
     expected = policy.predict_actions(batch | {"task": TASKS}, golden.draw["noise"])
 
-    save_file(batch | {"noise": golden.draw["noise"]}, tmp_path / "observations")
-    paths = [str(tmp_path / name) for name in ("ours", "observations", "answer", "theirs")]
-    subprocess.run(
-        [os.environ["LEROBOT_PYTHON"], "-c", SCRIPT, *paths],
-        input=json.dumps(TASKS),
-        text=True,
-        check=True,
-        timeout=300,
-        cwd=tmp_path / "ours",  # LeRobot looks for a VLM that is a folder, vlm/, from where it runs
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
-    )
-    assert relative_error(load_file(tmp_path / "answer")["chunk"], expected) < 1e-5
+    answer = answer_of_lerobot(SCRIPT, "ours", golden, vlm_in="ours", output="theirs", folder=tmp_path)
+    assert relative_error(answer, expected) < 1e-5
 
     shutil.copytree(tmp_path / "ours/vlm", tmp_path / "theirs/vlm")
     returned = SmolVLAPolicy.from_pretrained(tmp_path / "theirs").eval()
@@ -76,9 +65,34 @@ def test_lerobot_acts_like_us_on_our_checkpoint_and_we_load_what_it_saves(tmp_pa
     assert relative_error(again, expected) < 1e-5
 
 
+def observations(golden):
+    given = ("observation.images.", "observation.state")
+    return {name: tensor.contiguous() for name, tensor in golden.batch.items() if name.startswith(given)}
+
+
+def answer_of_lerobot(script, given, golden, *, vlm_in, output, folder):
+    """Run a script in LeRobot's Python, which gets the folder `given`, and return its chunk."""
+    save_file(observations(golden) | {"noise": golden.draw["noise"]}, folder / "observations")
+    subprocess.run(
+        [
+            os.environ["LEROBOT_PYTHON"],
+            "-c",
+            script,
+            *(str(folder / name) for name in (given, "observations", "answer", output)),
+        ],
+        input=json.dumps(TASKS),
+        text=True,
+        check=True,
+        timeout=300,
+        cwd=folder / vlm_in,  # LeRobot looks for a VLM that is a folder, vlm/, from where it runs
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+    )
+    return load_file(folder / "answer")["chunk"]
+
+
 # argv: our adapter, the observations, the answer, a folder for LeRobot's description of a dataset.
 ADAPTER_SCRIPT = """
-import sys
+import json, sys
 import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
@@ -97,12 +111,12 @@ for feature in features.values():
         feature["names"] = ["channels", "height", "width"]
 data = LeRobotDatasetMetadata.create("toy", 10, features, root=folder, use_videos=False)
 policy = make_policy(config, ds_meta=data).eval()
-print(type(policy).__name__)
+assert type(policy).__name__ == "PeftModel"
 before, after = make_pre_post_processors(config, pretrained_path=adapter)
 tensors = load_file(observations)
 noise = tensors.pop("noise")
 batch = {n: t.float() / 255 if t.dtype == torch.uint8 else t for n, t in tensors.items()}
-batch["task"] = ["push"] * len(noise)
+batch["task"] = json.loads(sys.stdin.read())
 chunk = policy.predict_action_chunk(before(batch), noise=noise)
 save_file({"chunk": after(chunk).contiguous()}, answer)
 """
@@ -119,21 +133,9 @@ def test_lerobot_puts_our_adapter_on_its_base_and_acts_like_us(fully, tmp_path):
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
     save_adapter(policy, tmp_path / "adapter", base=tmp_path / "base", state_dict=None)
-    columns = [*policy.config.camera_names, "observation.state"]
-    batch = {name: golden.batch[name].contiguous() for name in columns}
-    noise = golden.draw["noise"]
-    expected = policy.predict_actions(batch | {"task": ["push"] * len(noise)}, noise)
+    expected = policy.predict_actions(observations(golden) | {"task": TASKS}, golden.draw["noise"])
 
-    save_file(batch | {"noise": noise}, tmp_path / "observations")
-    paths = [str(tmp_path / name) for name in ("adapter", "observations", "answer", "described")]
-    done = subprocess.run(
-        [os.environ["LEROBOT_PYTHON"], "-c", ADAPTER_SCRIPT, *paths],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        timeout=300,
-        cwd=tmp_path / "base",
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+    answer = answer_of_lerobot(
+        ADAPTER_SCRIPT, "adapter", golden, vlm_in="base", output="described", folder=tmp_path
     )
-    assert "PeftModel" in done.stdout
-    assert relative_error(load_file(tmp_path / "answer")["chunk"], expected) < 1e-5
+    assert relative_error(answer, expected) < 1e-5
