@@ -18,7 +18,7 @@ endif
 train: up
 	@echo "== collecting Meta-World episodes with the scripted experts"
 	$(SUBMIT) python jobs/ingest_metaworld.py --tasks reach-v3 button-press-topdown-v3 --episodes 20 \
-		--output "$(DATASET)"
+		--output "$(DATASET)" --tracking.uri $$MLFLOW_TRACKING_URI
 	@echo "== training"
 	$(SUBMIT) python jobs/train_smolvla.py --config configs/train/demo.yaml \
 		--dataset.path "$(DATASET)" --storage_path "$(STATE)/runs" --run_name $(RUN) \

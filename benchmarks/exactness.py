@@ -27,8 +27,8 @@ from ingest import pictures
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from jobs.delivery import SPOOL  # noqa: E402
 from jobs.summary import points  # noqa: E402
-from jobs.tracking import SPOOL  # noqa: E402
 
 SIZE = (96, 128)
 EPISODES, FRAMES = 24, 60

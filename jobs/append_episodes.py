@@ -8,10 +8,10 @@ appended already is recognised. Runs the same under `ray job submit --working-di
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jobs.command_line import parsed, refusals
-from jobs.terminal import run_with_options
+from jobs.terminal import IngestTracking, run_with_options
 from pipelines.output import options_of
 from pipelines.sources.episodes import EpisodeDatasetSource
 
@@ -28,6 +28,7 @@ class AppendEpisodes:
     """How far a timestamp may lie from frame_index / fps."""
     max_refused: float = 0.0
     """Share of the source's episodes, 0..1, that may be refused before the job fails."""
+    tracking: IngestTracking = field(default_factory=IngestTracking)
 
 
 def main(job: AppendEpisodes) -> int:
@@ -39,6 +40,7 @@ def main(job: AppendEpisodes) -> int:
         options=options,
         max_refused=job.max_refused,
         append=True,
+        tracking=job.tracking,
     )
 
 

@@ -1,11 +1,11 @@
-"""However a training job ends, its MLflow run says so; a notice to end is used to save first."""
+"""However a job ends, its MLflow run says so; a notice to end is used to do what is left to do first."""
 
 import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -31,17 +31,32 @@ def truthful_end(run: TrackedRun, board: Any) -> Iterator[None]:
         run: the job's.
         board: handle of the `pipelines.board.Board` that the workers look at.
     """
-    stopping = _Stopping(run, board)
+    with noticed(_Saving(run, board)) as hand_over:
+        try:
+            yield
+        except BaseException:
+            hand_over()
+            run.finish("FAILED")
+            raise
+        else:
+            hand_over()
+            run.finish("FINISHED")
+
+
+@contextlib.contextmanager
+def noticed(farewell: Callable[[threading.Event], None]) -> Iterator[Callable[[], None]]:
+    """On SIGTERM or SIGINT, call `farewell` in a thread and end the process; a second one ends it at once.
+
+    Args:
+        farewell: gets an event that is set when the work has ended by itself.
+
+    Yields:
+        To be called when the work has ended: after a notice, the process ends there.
+    """
+    stopping = _Stopping(farewell)
     before = {number: signal.signal(number, stopping.notice) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
-    except BaseException:
-        stopping.hand_over()
-        run.finish("FAILED")
-        raise
-    else:
-        stopping.hand_over()
-        run.finish("FINISHED")
+        yield stopping.hand_over
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -54,9 +69,9 @@ class _Stopping:
     it.
     """
 
-    def __init__(self, run: TrackedRun, board: Any) -> None:
-        self._run, self._board, self._number = run, board, 0
-        self._noticed, self._workers_ended = threading.Event(), threading.Event()
+    def __init__(self, farewell: Callable[[threading.Event], None]) -> None:
+        self._farewell, self._number = farewell, 0
+        self._noticed, self._work_ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._end, daemon=True)
         self._thread.start()
 
@@ -67,32 +82,42 @@ class _Stopping:
         self._noticed.set()
 
     def hand_over(self) -> None:
-        """The workers have ended; if that was wished for, so does this process, here."""
-        self._workers_ended.set()
+        """The work has ended; if that was wished for, so does this process, here."""
+        self._work_ended.set()
         if self._noticed.is_set():
             self._thread.join()
 
     def _end(self) -> None:
         self._noticed.wait()
         try:
-            with contextlib.suppress(MlflowException):
-                self._run.finish("KILLED")  # first of all: `ray job stop` kills after 3 s by default
-            print("told to stop: saving first", flush=True)
-            before, step = self._saved_step()
-            if step > before:
-                print(f"stopped, saved at step {step}; the same command continues the run", flush=True)
-            else:
-                print(f"stopped, not saved: the workers had ended; the last saved step is {step}", flush=True)
-            time.sleep(LAST_POINTS_S)
+            self._farewell(self._work_ended)
         finally:
             os._exit(128 + self._number)
 
-    def _saved_step(self) -> tuple[int, int]:
+
+class _Saving:
+    """The farewell of a training job."""
+
+    def __init__(self, run: TrackedRun, board: Any) -> None:
+        self._run, self._board = run, board
+
+    def __call__(self, workers_ended: threading.Event) -> None:
+        with contextlib.suppress(MlflowException):
+            self._run.finish("KILLED")  # first of all: `ray job stop` kills after 3 s by default
+        print("told to stop: saving first", flush=True)
+        before, step = self._saved_step(workers_ended)
+        if step > before:
+            print(f"stopped, saved at step {step}; the same command continues the run", flush=True)
+        else:
+            print(f"stopped, not saved: the workers had ended; the last saved step is {step}", flush=True)
+        time.sleep(LAST_POINTS_S)
+
+    def _saved_step(self, workers_ended: threading.Event) -> tuple[int, int]:
         """Have the run saved; returns the last saved step before the wish and after it."""
         before = self._last_saved()
         with contextlib.suppress(ray.exceptions.RayError):
             self._board.want.remote(Wish.SAVE_AND_STOP)
-            while not self._workers_ended.wait(LOOK_EVERY_S):
+            while not workers_ended.wait(LOOK_EVERY_S):
                 if (step := self._last_saved()) > before:
                     return before, step
         return before, self._last_saved()

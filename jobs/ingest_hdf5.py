@@ -8,10 +8,10 @@ interrupted.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jobs.command_line import parsed, refusals
-from jobs.terminal import run_ingestion
+from jobs.terminal import IngestTracking, run_ingestion
 from pipelines.sources.hdf5 import Hdf5Source
 from pipelines.sources.mapping import read_mapping
 
@@ -46,6 +46,7 @@ class IngestHdf5:
     """1..100."""
     max_refused: float = 0.0
     """Share of episodes, 0..1, that may be refused before the job fails."""
+    tracking: IngestTracking = field(default_factory=IngestTracking)
 
 
 def main(job: IngestHdf5) -> int:
@@ -68,6 +69,7 @@ def main(job: IngestHdf5) -> int:
         jpeg_quality=job.jpeg_quality,
         resize=job.resize,
         max_refused=job.max_refused,
+        tracking=job.tracking,
     )
 
 

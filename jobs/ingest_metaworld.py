@@ -8,10 +8,10 @@ the command again continues what was interrupted. Needs the extra `sim` and the 
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jobs.command_line import parsed
-from jobs.terminal import run_ingestion
+from jobs.terminal import IngestTracking, run_ingestion
 from pipelines.sources.metaworld import MetaWorldSource
 
 
@@ -37,6 +37,7 @@ class IngestMetaWorld:
     """1..100."""
     max_refused: float = 0.0
     """Share of episodes, 0..1, that the expert may give up on."""
+    tracking: IngestTracking = field(default_factory=IngestTracking)
 
 
 def main(job: IngestMetaWorld) -> int:
@@ -54,6 +55,7 @@ def main(job: IngestMetaWorld) -> int:
         jpeg_quality=job.jpeg_quality,
         resize=None,
         max_refused=job.max_refused,
+        tracking=job.tracking,
     )
 
 

@@ -7,10 +7,10 @@ interrupted.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jobs.command_line import parsed, refusals
-from jobs.terminal import run_ingestion
+from jobs.terminal import IngestTracking, run_ingestion
 from pipelines.sources.mapping import read_mapping
 from pipelines.sources.rlds import RldsSource
 
@@ -42,6 +42,7 @@ class IngestRlds:
     """1..100."""
     max_refused: float = 0.0
     """Share of episodes, 0..1, that may be refused before the job fails."""
+    tracking: IngestTracking = field(default_factory=IngestTracking)
 
 
 def main(job: IngestRlds) -> int:
@@ -62,6 +63,7 @@ def main(job: IngestRlds) -> int:
         jpeg_quality=job.jpeg_quality,
         resize=job.resize,
         max_refused=job.max_refused,
+        tracking=job.tracking,
     )
 
 

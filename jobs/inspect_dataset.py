@@ -40,6 +40,8 @@ from pipelines.sources import DEFAULT_FEATURES
 
 LISTED = 20
 """Tasks and warnings that are printed; the JSON line has all warnings."""
+SHEET_EPISODES, SHEET_MOMENTS = 6, 5
+"""Of a contact sheet beside a run."""
 SHOWN_STATISTICS = ("min", "q01", "mean", "std", "q99", "max")
 
 
@@ -107,6 +109,18 @@ def report(job: InspectDataset) -> dict[str, Any]:
 
 
 # --- text ---
+
+
+def summary(inspection: Inspection, dataset: EpisodeDataset, *, name: str) -> tuple[str, Image.Image]:
+    """The text and the contact sheet that lie beside a run in MLflow.
+
+    Args:
+        inspection: of the whole dataset.
+        dataset: the same, or some of its episodes, to be shown.
+        name: over the picture.
+    """
+    seen = looks(dataset, episodes=SHEET_EPISODES, moments=SHEET_MOMENTS)
+    return "\n".join(told(inspection, seen)) + "\n", contact_sheet(dataset, seen, name=name)
 
 
 def told(inspection: Inspection, seen: Sequence[Look]) -> Iterator[str]:

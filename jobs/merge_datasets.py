@@ -8,10 +8,10 @@ the same under `ray job submit --working-dir . --`, and again to continue what w
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jobs.command_line import parsed
-from jobs.terminal import run_with_options
+from jobs.terminal import IngestTracking, run_with_options
 from pipelines.sources.episodes import EpisodeDatasetSource
 from pipelines.writer import WriterOptions
 
@@ -28,6 +28,7 @@ class MergeDatasets:
     """How far a timestamp may lie from frame_index / fps."""
     max_refused: float = 0.0
     """Share of episodes, 0..1, that may be refused before the job fails."""
+    tracking: IngestTracking = field(default_factory=IngestTracking)
 
 
 def main(job: MergeDatasets) -> int:
@@ -37,6 +38,7 @@ def main(job: MergeDatasets) -> int:
         options=WriterOptions(image_format="as_is"),
         max_refused=job.max_refused,
         append=False,
+        tracking=job.tracking,
     )
 
 

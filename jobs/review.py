@@ -22,11 +22,10 @@ from jobs import environment, inspect_dataset
 from jobs.tracking import TrackedRun
 from pipelines import drawing
 from pipelines.engine import TrainConfig
-from pipelines.inspection import VECTORS, dimension_names, episode_columns, inspect, looks, spread
+from pipelines.inspection import VECTORS, dimension_names, episode_columns, inspect, spread
 from pipelines.progress import folder_name
 from pipelines.samples import SampleReader, Source
 
-SHEET_EPISODES, SHEET_MOMENTS = 6, 5
 HISTOGRAM_EPISODES = 32
 """Read for the histograms, spread over the dataset."""
 SAMPLES = 8
@@ -78,11 +77,8 @@ class Review:
     def _send_dataset(self, source: Source) -> None:
         dataset, name = source.dataset, source.title
         client, run_id, folder = self._run.client, self._run.run_id, f"data/{name}"
-        inspection = inspect(dataset.uri)
-        seen = looks(dataset, episodes=SHEET_EPISODES, moments=SHEET_MOMENTS)
-        text = "\n".join(inspect_dataset.told(inspection, seen)) + "\n"
+        text, sheet = inspect_dataset.summary(inspect(dataset.uri), dataset, name=name)
         client.log_text(run_id, text, f"{folder}/report.txt")
-        sheet = inspect_dataset.contact_sheet(dataset, seen, name=name)
         client.log_image(run_id, sheet, f"{folder}/contact_sheet.png")
         figure = normalization_figure(source, name=name)
         client.log_figure(run_id, figure, f"{folder}/normalization.png")

@@ -1,18 +1,24 @@
 """How an ingestion job speaks with a terminal: progress and one JSON report line out, an exit code.
 
+With a tracking server, the ingestion is an MLflow run, too (jobs/ingestion_run.py).
+
 Exit codes: 0 the dataset stands (or stood already), 1 too many episodes were refused or a task failed, 2 bad
 input.
 """
 
+import functools
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayTaskError
 from ray.experimental import tqdm_ray
 
-from jobs.command_line import fail, start_ray
+from jobs.command_line import fail, refusals, start_ray
 from jobs.environment import git_commit
 from pipelines.ingestion import UNSEALED_PATH, Progress, TooManyRefusedError, ingest
 from pipelines.sealing import REFUSED_PATH
@@ -25,6 +31,18 @@ LINE_EVERY_S = 5.0
 """Between progress lines in a log."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class IngestTracking:
+    """Where MLflow is, if it is to know of the ingestion."""
+
+    uri: str = ""
+    """Of the server, which has to answer. Empty: what MLFLOW_TRACKING_URI says, if it answers."""
+    experiment: str = "smolvla"
+
+
+ENVIRONMENT_ONLY = IngestTracking()
+
+
 def run_ingestion(
     source: Source,
     *,
@@ -33,6 +51,7 @@ def run_ingestion(
     jpeg_quality: int,
     resize: str | None,
     max_refused: float,
+    tracking: IngestTracking = ENVIRONMENT_ONLY,
 ) -> int:
     """Ingest, telling a terminal how it goes; return the exit code."""
     try:
@@ -41,17 +60,27 @@ def run_ingestion(
         options = WriterOptions(image_format=image_format, jpeg_quality=jpeg_quality, resize=box_of(resize))
     except ValueError as error:
         fail(error)
-    return run_with_options(source, output=output, options=options, max_refused=max_refused, append=False)
+    return run_with_options(
+        source, output=output, options=options, max_refused=max_refused, append=False, tracking=tracking
+    )
 
 
 def run_with_options(
-    source: Source, *, output: str, options: WriterOptions, max_refused: float, append: bool
+    source: Source,
+    *,
+    output: str,
+    options: WriterOptions,
+    max_refused: float,
+    append: bool,
+    tracking: IngestTracking,
 ) -> int:
     """As `run_ingestion`, for a job that knows the writer's options."""
     start_s = time.monotonic()
+    with refusals():
+        ingest_there = _ingestion(tracking)
     progress = _ProgressBar() if sys.stderr.isatty() else _ProgressLines()
     try:
-        report = ingest(
+        report = ingest_there(
             source,
             output,
             options=options,
@@ -80,6 +109,29 @@ def run_with_options(
         print(f"{output} is already complete; nothing to do", flush=True)
     _print_report(report, output=output, start_s=start_s)
     return 0
+
+
+def _ingestion(tracking: IngestTracking) -> Callable[..., dict[str, Any]]:
+    """`ingest`, or the same with an MLflow run.
+
+    Raises:
+        ValueError: the server that was given does not answer.
+    """
+    server = (tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")).rstrip("/")
+    if not server:
+        return ingest
+    from jobs import ingestion_run  # imports MLflow, which takes seconds
+    from jobs.tracking import check_reachable
+
+    given_by = "tracking.uri" if tracking.uri else "MLFLOW_TRACKING_URI"
+    try:
+        check_reachable(server, given_by=given_by)
+    except ValueError as error:
+        if tracking.uri:
+            raise
+        print(f"warning: {error}; the ingestion is not tracked", file=sys.stderr, flush=True)
+        return ingest
+    return functools.partial(ingestion_run.ingest_tracked, server=server, experiment=tracking.experiment)
 
 
 def _print_refusals(report: dict[str, Any]) -> None:

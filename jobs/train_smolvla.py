@@ -23,7 +23,8 @@ import ray
 import torch
 import yaml
 
-from jobs import command_line, held_out, summary, tracking, training_data
+from jobs import command_line, held_out, lineage, summary, tracking, training_data
+from jobs.delivery import SPOOL, CheckpointsInMlflow, RunWriter, run_writer
 from jobs.ending import truthful_end
 from jobs.held_out import ValidationOptions
 from jobs.review import Review
@@ -466,13 +467,13 @@ def check_cluster(job: TrainJob) -> None:
 
 def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.TrackedRun:
     """The MLflow run: a new one, or the one that this run's folder names."""
-    storage = prepared.storage
+    storage, data = prepared.storage, prepared.data
+    origins = [lineage.origin(dataset) for dataset in data.datasets]
+    tags = tracking.source_tags() | lineage.tags(data.datasets, origins)
     if storage.has(RECORD):
         known = storage.read_json(RECORD)
-        return tracking.continue_run(
-            job.tracking.uri, known["mlflow_run_id"], resumed_from_step=step, tags=tracking.source_tags()
-        )
-    data = prepared.data
+        tags["resumed_from_step"] = str(step)
+        return tracking.continue_run(job.tracking.uri, known["mlflow_run_id"], tags=tags)
     params = {
         "policy": job.policy.path,
         "dataset": ", ".join(entry.path for entry in data.entries),
@@ -495,18 +496,11 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
         experiment=job.tracking.experiment,
         name=job.run_name,
         params=params,
-        tags=tracking.source_tags(),
+        tags=tags,
     )
-    for number, dataset in enumerate(data.datasets):
-        counts = {
-            "episodes": len(dataset.episode_index),
-            "frames": dataset.num_frames,
-            "tasks": len(dataset.tasks),
-            "share": prepared.reader.plan.share(number),
-        }
-        tracking.log_dataset(
-            run, uri=dataset.uri, fingerprint=dataset.fingerprint, features=dataset.features, counts=counts
-        )
+    for number, (dataset, origin) in enumerate(zip(data.datasets, origins, strict=True)):
+        share = prepared.reader.plan.share(number)
+        tracking.log_dataset(run, dataset, origin=origin, context="training", share=share)
     run.client.log_text(run.run_id, as_yaml(job), "config/job.yaml")
     run.client.log_dict(run.run_id, prepared.identity, "config/identity.json")
     run.client.log_dict(run.run_id, prepared.policy_config.to_dict(), "config/policy.json")
@@ -528,7 +522,7 @@ def as_yaml(job: TrainJob) -> str:
     return yaml.safe_dump(asdict(job), sort_keys=False)
 
 
-def show_progress(writer: tracking.RunWriter, job: TrainJob, done: threading.Event) -> None:
+def show_progress(writer: RunWriter, job: TrainJob, done: threading.Event) -> None:
     """Print a line whenever there is a new point."""
     first, first_at, shown = 0, 0.0, 0
     while not done.wait(2.0):
@@ -557,7 +551,7 @@ def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
     started = time.monotonic()
     board = start_board()
     with truthful_end(run, board):
-        writer = tracking.run_writer(run, prepared.storage)
+        writer = run_writer(run, prepared.storage)
         try:
             if at.step >= job.steps:
                 print(f"run {job.run_name} is complete at step {at.step}; nothing to do", flush=True)
@@ -568,7 +562,7 @@ def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
         finally:
             undelivered = writer.close(CLOSE_WITHIN_S)
     rest = {"checkpoints": f"{prepared.storage}/step_*", "MLflow": run.link}
-    spool = prepared.folder / tracking.SPOOL
+    spool = prepared.folder / SPOOL
     print(summary.table(spool, steps=job.steps, batch_size=job.batch_size, rest=rest), flush=True)
     return {
         "mlflow": run.link,
@@ -580,7 +574,7 @@ def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, board: Any, *, at_step: int) -> None:
+def fit(job: TrainJob, prepared: Prepared, writer: RunWriter, board: Any, *, at_step: int) -> None:
     """Train while a thread prints the progress."""
     if at_step:
         print(f"continues from step {at_step}", flush=True)
@@ -607,9 +601,7 @@ def fit(job: TrainJob, prepared: Prepared, writer: tracking.RunWriter, board: An
     done = threading.Event()
     threading.Thread(target=show_progress, args=(writer, job, done), daemon=True).start()
     try:
-        training.fit(
-            run, prepared.reader, cluster, callbacks=[tracking.CheckpointsInMlflow(writer, prepared.storage)]
-        )
+        training.fit(run, prepared.reader, cluster, callbacks=[CheckpointsInMlflow(writer, prepared.storage)])
     finally:
         done.set()
 

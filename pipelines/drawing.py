@@ -1,4 +1,4 @@
-"""Pictures of an episode dataset for a person's eye: a contact sheet of frames, and curves of one episode."""
+"""Pictures for a person's eye: frames and curves of a dataset, a run's curves, what its policy does."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 from PIL import Image, ImageDraw, ImageFont
 
-from pipelines.inspection import Look, counted
+from pipelines.inspection import Look, counted, spread
+from pipelines.predictions import Predictions
 
 TILE_PX = 220
 """Side of the square that every image is fitted into."""
@@ -28,6 +29,28 @@ PANELS_ACROSS = 4
 HISTOGRAM_BINS = 50
 CHARACTERS_A_PANEL = 40
 """Of the title's type, above one panel."""
+SHOWN_CHUNKS = 4
+MOST_ACTIONS = 16
+RUN_PANELS = {
+    "loss": ("train/loss", "val/loss", "val/loss_ema"),
+    "error of the action on held-out frames, normalised": (
+        "val/action_mae/1",
+        "val/action_mae/10",
+        "val/action_mae/all",
+    ),
+    "learning rate": ("train/lr",),
+    "gradient norm": ("train/grad_norm",),
+    "samples a second": ("data/samples_per_s",),
+    "share of the time waiting for data": ("data/wait_share",),
+}
+"""Of a run's picture: title -> metrics."""
+FROM_ZERO = {
+    "error of the action on held-out frames, normalised": 0.0,
+    "samples a second": 0.0,
+    "share of the time waiting for data": 0.1,
+}
+"""Panels whose axis begins at 0, and how far it goes at least."""
+CURVE_COLOURS = (STATE_COLOUR, ACTION_COLOUR, MISSING)
 MOST_PANELS = 64
 """More numbers than these are left out of the figure, whose title says so."""
 
@@ -152,6 +175,83 @@ def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(mpl.get_data_path(), "fonts/ttf", name)), size)
 
 
+# --- what the policy does ---
+
+
+def action_chunks(found: Predictions, *, title: str) -> Figure:
+    """Draw a line of panels for every number of the action: some chunks, and the error at each step.
+
+    Grey is what was done, or in the last panel the error of an answer that is always the mean action.
+    """
+    whole = np.flatnonzero(found.valid.sum(axis=1) == found.valid.sum(axis=1).max())
+    shown = whole[list(spread(len(whole), at_most=SHOWN_CHUNKS))]
+    width, across = min(len(found.names), MOST_ACTIONS), len(shown) + 1
+    if width < len(found.names):
+        title += f"\nThe first {width} of {len(found.names)} numbers of the action."
+    size = (2.9 * across + 0.6, 1.5 * width + 1.5)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    axes = figure.subplots(width, across, sharex=True, squeeze=False)
+    errors, of_the_mean = found.errors(), found.errors_of_the_mean()
+    steps = np.arange(1, len(errors) + 1)
+    for number, line in enumerate(axes[:width]):
+        for axis, place in zip(line, shown, strict=False):
+            valid = found.valid[place]
+            axis.plot(steps[valid], found.true[place][valid, number], color=GREY, linewidth=1.6)
+            axis.plot(steps, found.predicted[place][:, number], color=ACTION_COLOUR, linewidth=1.2)
+            axis.sharey(line[0])
+        line[-1].plot(steps, of_the_mean[:, number], color=GREY, linewidth=1.2, linestyle="--")
+        line[-1].plot(steps, errors[:, number], color=MISSING, linewidth=1.4)
+        line[-1].set_ylim(bottom=0)
+        line[0].set_ylabel(str(found.names[number])[:18], fontsize=9, parse_math=False)
+    for axis in axes.ravel():
+        axis.tick_params(labelsize=7)
+        axis.grid(visible=True, color="#e3e6ea", linewidth=0.6)
+    for axis, place in zip(axes[0], shown, strict=False):
+        place_of = f"episode {found.episode[place]}, frame {found.frame[place]}"
+        axis.set_title(place_of, fontsize=9, loc="left", pad=3)
+    axes[0, -1].set_title("mean absolute error", fontsize=9, loc="left", pad=3)
+    for axis in axes[-1]:
+        axis.set_xlabel("step of the chunk", fontsize=9)
+    _key(
+        figure,
+        {
+            "done": (GREY, "-"),
+            "predicted": (ACTION_COLOUR, "-"),
+            "its error": (MISSING, "-"),
+            "error of the mean action": (GREY, "--"),
+        },
+    )
+    _title(figure, title, across=across)
+    return figure
+
+
+def training_curves(points: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str) -> Figure:
+    """Draw what a person asks of a run first, from (steps, values) of its metrics; what has none is left out.
+
+    Loss in training and validation, error of the action, learning rate, gradient, speed, waiting.
+    """
+    panels = {
+        name: [curve for curve in curves if curve in points]
+        for name, curves in RUN_PANELS.items()
+        if any(curve in points for curve in curves)
+    }
+    figure, axes = _grid(len(panels), title=title, panel_inches=(4.6, 2.9), across=3)
+    for axis, (name, shown) in zip(axes, panels.items(), strict=True):
+        for curve, colour in zip(shown, CURVE_COLOURS, strict=False):
+            steps, values = points[curve]
+            few = "." if len(steps) < 40 else None
+            axis.plot(steps, values, color=colour, linewidth=1.3, marker=few, label=curve)
+        axis.set_title(name, fontsize=10, loc="left", pad=3)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(visible=True, color="#e3e6ea", linewidth=0.6)
+        if len(shown) > 1:
+            axis.legend(fontsize=8, frameon=False)
+        if name in FROM_ZERO:
+            axis.set_ylim(0, max(FROM_ZERO[name], axis.get_ylim()[1]))
+    return figure
+
+
 # --- the curves ---
 
 
@@ -178,7 +278,7 @@ def curves(
     for axis in axes[-PANELS_ACROSS:]:  # nothing stands below them
         axis.set_xlabel("time [s]", fontsize=9)
         axis.tick_params(labelbottom=True)
-    _legend(figure)
+    _key(figure, {"observation.state": (STATE_COLOUR, "-"), "action": (ACTION_COLOUR, "-")})
     return figure
 
 
@@ -215,13 +315,18 @@ def histograms(
 
 
 def _grid(
-    panels: int, *, title: str, panel_inches: tuple[float, float], sharex: bool = False
+    panels: int,
+    *,
+    title: str,
+    panel_inches: tuple[float, float],
+    sharex: bool = False,
+    across: int = PANELS_ACROSS,
 ) -> tuple[Figure, list[Axes]]:
     """A figure of up to MOST_PANELS panels, row by row, with a title that says how many are left out."""
     shown = min(panels, MOST_PANELS)
     if panels > shown:
         title += f"\nThe first {shown} of {panels} panels."
-    across = min(PANELS_ACROSS, shown)
+    across = min(across, shown)
     down = -(-shown // across)
     size = (panel_inches[0] * across + 0.5, panel_inches[1] * down + 1.1)
     figure = Figure(figsize=size, dpi=100, layout="constrained")
@@ -288,7 +393,9 @@ def _comparable(state: np.ndarray, action: np.ndarray) -> bool:
     return bool(together <= 3 * min(np.ptp(state), np.ptp(action)))
 
 
-def _legend(figure: Figure) -> None:
-    lines = [Line2D([], [], color=STATE_COLOUR), Line2D([], [], color=ACTION_COLOUR)]
-    names = ["observation.state", "action"]
-    figure.legend(lines, names, loc="outside lower right", ncols=2, fontsize=9, frameon=False)
+def _key(figure: Figure, lines: Mapping[str, tuple[str, str]]) -> None:
+    """What the lines are: name -> (colour, style)."""
+    handles = [Line2D([], [], color=colour, linestyle=style) for colour, style in lines.values()]
+    figure.legend(
+        handles, list(lines), loc="outside lower right", ncols=len(lines), fontsize=9, frameon=False
+    )

@@ -228,6 +228,12 @@ class Engine:
                 "per_sample_loss"
             ].cpu()
 
+    @torch.no_grad()
+    def predicted(self, batch: Mapping[str, Tensor], *, noise: Tensor) -> Tensor:
+        """Normalised actions (b, H, D) for each row, on the CPU; FSDP2 needs all of its workers."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return self.policy.predict_action_chunk(batch, noise).float().cpu()
+
     def _update(self, step: int, *, loss_sum: Tensor, num_valid: Tensor) -> StepResult:
         config, train = self.policy.config, self.train
         parameters = [p for p in self.policy.parameters() if p.grad is not None]

@@ -52,6 +52,7 @@ def ingest(
     code_version: str | None,
     start_ray: Callable[[], None],
     on_progress: Callable[[Progress], None],
+    on_begin: Callable[[Listing], None] | None = None,
     append: bool = False,
 ) -> dict[str, Any]:
     """Turn a source into an episode dataset at `uri` and return what its `meta/ingest.json` says.
@@ -66,6 +67,7 @@ def ingest(
         code_version: Git commit for the record.
         start_ray: Called once the input was found good, before the first task.
         on_progress: Called with every finished part.
+        on_begin: Called behind `start_ray`, with what the source lists; the output is held, its plan written.
         append: Add the episodes to the complete dataset at `uri`; a source it has already is not added again.
 
     Raises:
@@ -83,6 +85,8 @@ def ingest(
             return target.report | {"already_complete": True}
         output.begin(target, listing)
         start_ray()
+        if on_begin is not None:
+            on_begin(listing)
         outcomes = _stage(source, listing, target.layout, on_progress=on_progress)
         _check_share(uri, listing, outcomes, max_refused=max_refused)
         records = [record for outcome in outcomes for record in outcome["episodes"]]

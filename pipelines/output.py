@@ -272,6 +272,12 @@ def begin(output: Output, listing: Listing) -> None:
     write_json(filesystem, plan, content)
 
 
+def plan_of(uri: str) -> dict[str, Any]:
+    """What an unfinished output is made of: its source, options, and under `staging` its generation."""
+    filesystem, root = filesystem_of(uri)
+    return read_json(filesystem, f"{root}/{STAGING}/plan.json")
+
+
 def _remove_unlisted(output: Output, filesystem: pafs.FileSystem, root: str) -> None:
     """Delete data and episode files that the dataset does not consist of."""
     kept = set(output.base.data_files)

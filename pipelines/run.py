@@ -1,11 +1,12 @@
 """What a training run is: all that its workers need, and where their metrics go."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.engine import TrainConfig
+from pipelines.predictions import Predictions
 from pipelines.retention import Retention
 from pipelines.run_storage import RunStorage
 from pipelines.samples import SampleReader
@@ -21,6 +22,10 @@ class MetricWriter(Protocol):
 
     def tag(self, tags: Mapping[str, str]) -> None:
         """Take what is said of the whole run; a later value of a name replaces the one before."""
+        ...
+
+    def predictions(self, step: int, found: Sequence[Predictions]) -> None:
+        """Take what the policy would do at a step on held-out frames, for each dataset."""
         ...
 
     def flush(self) -> None:

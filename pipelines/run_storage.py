@@ -133,6 +133,13 @@ class RunStorage:
         listed = {file: entry for part in parts for file, entry in part.items()}
         self.write(f"{name}/{MANIFEST}", manifest.text(listed).encode())
 
+    def files_below(self, name: str) -> list[str]:
+        """Paths, from the run's folder on, of the files in a folder of it, sorted; none if there is none."""
+        filesystem, root = self.place()
+        selector = pafs.FileSelector(f"{root}/{name}", allow_not_found=True, recursive=True)
+        found = (entry.path for entry in filesystem.get_file_info(selector) if entry.is_file)
+        return sorted(f"{name}/{path.rpartition(f'/{name}/')[2]}" for path in found)
+
     def has(self, name: str) -> bool:
         """Whether the run has this file."""
         filesystem, root = self.place()

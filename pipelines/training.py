@@ -114,8 +114,12 @@ def train_worker(run: Run) -> None:
         return  # the workers died after the last checkpoint and before they could say so
     engine, at = _restored(run, feed.samples_seen, device)
     watch = Watch(run.board, rank=rank, timeout_s=run.collective_timeout_s)
-    with watch.naming_the_missing():
-        _train(run, engine, feed, at, watch)
+    try:
+        with watch.naming_the_missing():
+            _train(run, engine, feed, at, watch)
+    finally:
+        if rank == 0:
+            run.writer.flush()  # if the run ends here, its last points say why
     watch.close()
 
 
@@ -123,7 +127,9 @@ def _train(run: Run, engine: Engine, feed: Feed, at: Progress, watch: Watch) -> 
     """From where the policy stands to the last step, or to where the driver wants to stop."""
     saver = Saver(run, watch)
     meter = Meter(run, rank=dist.get_rank(), feed=feed, at=at, decoding_cpus=_decoding_cpus)
-    validation = Validation.of(run.validation, last_step=run.train.steps, folder=run.folder)
+    validation = Validation.of(
+        run.validation, last_step=run.train.steps, folder=run.folder, show=run.writer.predictions
+    )
     agreement = Agreement(timeout_s=run.collective_timeout_s)
     for step in range(at.step + 1, run.train.steps + 1):
         count, batches = feed.of_step(step)

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +23,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.dataset import EpisodeDataset, Int64
-from pipelines.plan import HELD_OUT, VALIDATION_NOISE, Rows, generator_seed, random_order
+from pipelines.inspection import dimension_names, spread
+from pipelines.plan import (
+    HELD_OUT,
+    PREDICTION_NOISE,
+    VALIDATION_NOISE,
+    Rows,
+    generator_seed,
+    random_order,
+)
+from pipelines.predictions import Predictions, error_curves
 from pipelines.samples import Batch, SampleReader, Source
 from pipelines.tensors import ToTorch
 from smolvla.data_utils import sample_noise, sample_time
@@ -36,9 +45,13 @@ DRAWS = 4
 READ_AHEAD = 2
 MAX_TASK_METRICS = 50
 """Tasks that get a curve of their own; validation.jsonl has all."""
-COLUMNS = ("loss", "entries", "task", "episode_index", "frame_index", "bad_cameras")
+PREDICTED_FRAMES = 256
+"""On which the policy acts besides; fewer if fewer are measured."""
+FRAME = ("episode_index", "frame_index")
+COLUMNS = ("loss", "entries", "task", *FRAME, "bad_cameras")
 """What a worker finds out about a frame: mean error over its valid action entries, how many these are, ..."""
 RESULTS = "validation.jsonl"
+Show = Callable[[int, Sequence[Predictions]], None]
 
 
 # ---- which episodes ---------------------------------------------------------------------------------------
@@ -149,19 +162,27 @@ class HeldOut:
 
 
 class Validation:
-    """This worker's part in measuring; every worker must call it at the same steps."""
+    """This worker's part in measuring; every worker must call it at the same steps.
 
-    def __init__(self, held_out: HeldOut, *, last_step: int, folder: Path) -> None:
-        self._held_out, self._last_step = held_out, last_step
+    Args:
+        held_out: what is measured.
+        last_step: of the run, which always is measured.
+        folder: of the run, for validation.jsonl.
+        show: takes, on rank 0, what the policy would do on a few of the frames.
+    """
+
+    def __init__(self, held_out: HeldOut, *, last_step: int, folder: Path, show: Show) -> None:
+        self._held_out, self._last_step, self._show = held_out, last_step, show
         self._frames = held_out.frames
+        self._few = self._frames[np.array(spread(len(self._frames), at_most=PREDICTED_FRAMES))]
         self._rank, self._num_workers = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo")
         self._path = folder / RESULTS
 
     @classmethod
-    def of(cls, held_out: HeldOut | None, *, last_step: int, folder: Path) -> Self | None:
+    def of(cls, held_out: HeldOut | None, *, last_step: int, folder: Path, show: Show) -> Self | None:
         """For a run that holds something out."""
-        return cls(held_out, last_step=last_step, folder=folder) if held_out else None
+        return cls(held_out, last_step=last_step, folder=folder, show=show) if held_out else None
 
     def at(self, step: int, engine: "Engine") -> dict[str, float]:
         """The curves' values at a step, the same on every worker; empty at a step that is not measured.
@@ -177,6 +198,7 @@ class Validation:
             with engine.average.in_place():
                 averaged = Summary(self._held_out, self._frames, self._table(engine))
             values["val/loss_ema"] = record["loss_ema"] = averaged.whole.loss
+        values |= self._shown(step, engine)
         if self._rank == 0:
             self._write(step, record)
         return values | {"val/seconds": time.perf_counter() - started}
@@ -189,25 +211,83 @@ class Validation:
                 stream.write(json.dumps({"step": step, **record}) + "\n")
 
     def _table(self, engine: "Engine") -> Tensor:
-        """(frames, COLUMNS) in float64. An entry is of one worker and 0 on the others: the sum is exact."""
-        table = torch.zeros(len(self._frames), len(COLUMNS), dtype=torch.float64)
+        """(frames, COLUMNS)."""
+
+        def measured(sources: Int64, batch: Batch, task: Int64) -> Tensor:
+            loss = self._losses(engine, sources, batch)
+            entries = (~batch["action_is_pad"]).sum(axis=1) * batch["action"].shape[2]
+            columns = (loss, entries, task, *(batch[name] for name in COLUMNS[3:]))
+            return torch.stack([torch.as_tensor(column).double() for column in columns], dim=1)
+
+        return self._dealt(engine, self._frames, (len(COLUMNS),), measured)
+
+    def _shown(self, step: int, engine: "Engine") -> dict[str, float]:
+        """Let the policy act on a few of the frames; returns the curves of its error."""
+        config = engine.policy.config
+        h, d = config.chunk_size, config.action_dim
+
+        def acted(sources: Int64, batch: Batch, _: Int64) -> Tensor:
+            shape = 1, h, config.max_action_dim
+            noise = [sample_noise(shape, g) for g in self._generators(PREDICTION_NOISE, sources, batch)]
+            chunks = engine.predicted(ToTorch()(batch), noise=torch.cat(noise))
+            columns = (chunks, batch["action"], ~batch["action_is_pad"], *(batch[name] for name in FRAME))
+            return torch.cat([torch.as_tensor(c).double().reshape(len(c), -1) for c in columns], dim=1)
+
+        table = self._dealt(engine, self._few, (2 * h * d + h + len(FRAME),), acted).numpy()
+        predicted, true, valid, frames = np.split(table, np.cumsum([h * d, h * d, h]), axis=1)
+        predicted, true = predicted.reshape(-1, h, d), true.reshape(-1, h, d)
+        if self._rank == 0:
+            self._show(step, self._in_units(predicted, true, valid > 0, frames.astype(np.int64)))
+        return error_curves(predicted, true, valid > 0)
+
+    def _in_units(
+        self, predicted: np.ndarray, true: np.ndarray, valid: np.ndarray, frames: Int64
+    ) -> list[Predictions]:
+        """By dataset: each has its own normalisation, and its own names of what is moved."""
+        found = []
+        for number, source in enumerate(self._held_out.reader.sources):
+            mine = self._few.source == number
+            if not valid[mine].any():
+                continue
+            back = [source.normalizer.unnormalize("action", chunks[mine]) for chunks in (predicted, true)]
+            found.append(
+                Predictions(
+                    dataset=np.array(source.title),
+                    names=np.array(dimension_names(source.dataset.features["action"])),
+                    episode=frames[mine, 0],
+                    frame=frames[mine, 1],
+                    predicted=back[0].astype(np.float32),
+                    true=back[1].astype(np.float32),
+                    valid=valid[mine],
+                )
+            )
+        return found
+
+    def _dealt(
+        self,
+        engine: "Engine",
+        rows: Rows,
+        shape: tuple[int, ...],
+        compute: Callable[[Int64, Batch, Int64], Tensor],
+    ) -> Tensor:
+        """(rows, *shape) in float64: what `compute(sources, batch, tasks)` says of each row, on every worker.
+
+        An entry is of one worker and 0 on the others: the sum is exact.
+        """
+        table = torch.zeros(len(rows), *shape, dtype=torch.float64)
         with engine.evaluating():
-            for places, counted, (batch, task) in self._batches(sharded=engine.sharded):
-                loss = self._losses(engine, places, batch)
-                entries = (~batch["action_is_pad"]).sum(axis=1) * batch["action"].shape[2]
-                columns = (loss, entries, task, *(batch[name] for name in COLUMNS[3:]))
-                rows = torch.stack([torch.as_tensor(column).double() for column in columns], dim=1)
-                table[places[:counted]] = rows[:counted]
+            for places, counted, (batch, task) in self._batches(rows, sharded=engine.sharded):
+                table[places[:counted]] = compute(rows.source[places], batch, task)[:counted].double()
         dist.all_reduce(table, group=self._group)
         return table
 
-    def _batches(self, *, sharded: bool) -> Iterator[tuple[Int64, int, tuple[Batch, Int64]]]:
-        """(places in `frames`, how many of them count, arrays) of this worker's micro-batches, read ahead.
+    def _batches(self, rows: Rows, *, sharded: bool) -> Iterator[tuple[Int64, int, tuple[Batch, Int64]]]:
+        """(places in `rows`, how many of them count, arrays) of this worker's micro-batches, read ahead.
 
         The last micro-batch is filled up, so that all have one shape. Workers that share the policy must all
         run it equally often: one that has none left runs one of another worker's, which does not count.
         """
-        b, total = self._held_out.reader.config.micro_batch, len(self._frames)
+        b, total = self._held_out.reader.config.micro_batch, len(rows)
         num_batches = -(-total // b)
         last = -(-num_batches // self._num_workers) * self._num_workers if sharded else num_batches
         numbers = range(self._rank, last, self._num_workers)
@@ -217,24 +297,27 @@ class Validation:
                 first = number % num_batches * b
                 places = np.minimum(np.arange(first, first + b), total - 1)
                 counted = min(b, total - first) if number < num_batches else 0
-                ahead.append((places, counted, pool.submit(self._held_out.batch, self._frames[places])))
+                ahead.append((places, counted, pool.submit(self._held_out.batch, rows[places])))
                 if len(ahead) > READ_AHEAD:
                     yield _taken(ahead)
             while ahead:
                 yield _taken(ahead)
 
-    def _losses(self, engine: "Engine", places: Int64, batch: Batch) -> Tensor:
+    def _losses(self, engine: "Engine", sources: Int64, batch: Batch) -> Tensor:
         """(b,) mean error of each row over its draws; the draws depend on the seed and the frame only."""
         noise, times = [], []
         shape = (DRAWS, batch["action"].shape[1], engine.policy.config.max_action_dim)
-        sources = self._frames.source[places]
-        for frame in zip(sources, batch["episode_index"], batch["frame_index"], strict=True):
-            words = (VALIDATION_NOISE, self._held_out.config.seed, *map(int, frame))
-            generator = torch.Generator().manual_seed(generator_seed(*words))
+        for generator in self._generators(VALIDATION_NOISE, sources, batch):
             noise.append(sample_noise(shape, generator))
             times.append(sample_time(DRAWS, generator))
         tensors = ToTorch()(batch)
         return engine.row_losses(tensors, noise=torch.cat(noise), time=torch.cat(times), draws=DRAWS)
+
+    def _generators(self, purpose: int, sources: Int64, batch: Batch) -> Iterator[torch.Generator]:
+        """One for each row; its seed depends on the frame and the config only."""
+        for frame in zip(sources, *(batch[name] for name in FRAME), strict=True):
+            words = (purpose, self._held_out.config.seed, *map(int, frame))
+            yield torch.Generator().manual_seed(generator_seed(*words))
 
 
 def _taken(ahead: list[tuple[Int64, int, Any]]) -> tuple[Int64, int, tuple[Batch, Int64]]:

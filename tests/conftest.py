@@ -23,6 +23,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 def pytest_configure(config):
     """Choose the session's token before any test module imports Ray, which reads it once."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)  # of the shell: the ingestions of tests would be told there
     state = Path(tempfile.mkdtemp(prefix="smolvla-tests-"))
     token = state / "ray_token"
     token.touch(mode=0o600)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.train import UserCallback
 
+from pipelines.predictions import Predictions
 from pipelines.samples import Batch, SampleReader
 from pipelines.sources import Episode, Listing, Unit
 
@@ -120,6 +121,10 @@ class FileWriter:
     def tag(self, tags: Mapping[str, str]) -> None:
         with self.path.with_name("tags.jsonl").open("a") as stream:
             stream.write(json.dumps(tags) + "\n")
+
+    def predictions(self, step: int, found: Sequence[Predictions]) -> None:
+        for number, one in enumerate(found):
+            self.path.with_name(f"predictions_{step}_{number}.npz").write_bytes(one.to_bytes())
 
     def flush(self) -> None:
         pass

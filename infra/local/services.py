@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -134,7 +135,8 @@ def _process(service: dict[str, Any] | None) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(service["pid"])
-        return process if abs(process.create_time() - service["started"]) < 1 else None
+        known = abs(process.create_time() - service["started"]) < 1
+        return process if known and _runs(process) else None
     except psutil.NoSuchProcess:
         return None
 
@@ -168,7 +170,8 @@ def _start_ray() -> dict[str, Any]:
 
 
 def _start_mlflow() -> dict[str, Any]:
-    port = _free_port(5000)
+    # One that ended comes back where its clients know it.
+    port = _free_port(urllib.parse.urlsplit(_record().get("mlflow", {}).get("url", "")).port or 5000)
     folder = STATE / "mlflow"
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]

@@ -71,9 +71,10 @@ def job(run, **changes):
 def registered(trained):
     run, _ = trained
     register_policy.main(job(run))
-    os.environ |= {"MLFLOW_TRACKING_URI": run.uri}
-    mlflow.set_tracking_uri(run.uri)
-    return mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", run.uri)
+        mlflow.set_tracking_uri(run.uri)
+        yield mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
 
 
 def observation(number):

@@ -1,6 +1,7 @@
 """The job as users meet it: submitted to a real cluster, killed, stopped, reviewed in a real MLflow."""
 
 import base64
+import contextlib
 import gzip
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 import draccus
 import mlflow
 import numpy as np
+import psutil
 import pytest
 import ray
 from mlflow import MlflowClient
@@ -23,7 +25,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from test_ingest_s3 import SECRETS, bucket, server
 from toys import with_cut_image
 
-from jobs import command_line, reap_runs, train_smolvla
+from jobs import command_line, reap_runs, register_policy, train_smolvla
 from jobs.tracking import TrackingOptions
 from jobs.train_smolvla import TrainJob
 from pipelines.dataset import filesystem_of
@@ -86,8 +88,9 @@ class Jobs:
     def wait_for_step(self, name, job, step, timeout_s=400, folder=None):
         deadline = time.monotonic() + timeout_s
         while not any(
-            f'"step": {step},' in spool.read_text()
+            int(found) >= step
             for spool in (folder or self.storage).glob(f"{name}*/metrics.jsonl")
+            for found in re.findall(r'"step": (\d+),', spool.read_text())
         ):
             status = self.client.get_job_status(job)
             assert not status.is_terminal(), f"{status}: {self.client.get_job_logs(job)[-4000:]}"
@@ -123,10 +126,10 @@ class Jobs:
         )
         return Path(place).read_text()
 
-    def curve(self, name, storage=None):
-        """step -> loss as MLflow has it; each step must be there once."""
+    def curve(self, name, storage=None, metric="train/loss"):
+        """step -> value as MLflow has it; each step must be there once."""
         run_id = self.run_of(name, storage).info.run_id
-        points = self.mlflow.get_metric_history(run_id, "train/loss")
+        points = self.mlflow.get_metric_history(run_id, metric)
         curve = {point.step: point.value for point in points}
         assert len(curve) == len(points), "a step was logged twice"
         return curve
@@ -146,16 +149,27 @@ def uninterrupted(jobs, episodes):
     return logs
 
 
-def test_a_submitted_run_is_reviewable_in_mlflow(uninterrupted, jobs, episodes):
+def test_a_submitted_run_is_reviewable_in_mlflow(uninterrupted, jobs, services, episodes):
     run = jobs.run_of("uninterrupted")
     assert run.info.status == "FINISHED"
     assert sorted(jobs.curve("uninterrupted")) == list(range(1, STEPS + 1))
-    assert {"train/lr", "train/grad_norm", "data/wait_share", "data/samples_per_s"} <= run.data.metrics.keys()
+    assert {
+        "train/lr",
+        "train/grad_norm",
+        "data/wait_share",
+        "data/samples_per_s",
+        "val/action_mae/1",
+        "val/action_mae/all",
+        f"system/{services['ray']['address'].partition(':')[0]}/cpu_utilization_percentage",
+    } <= run.data.metrics.keys()
     assert len(run.data.params) <= 20
     assert run.data.params["steps"] == str(STEPS)
     fingerprint = json.loads((episodes / "meta/ingest.json").read_text())["fingerprint"]
     assert run.data.params["dataset_fingerprint"] == fingerprint
-    assert run.inputs.dataset_inputs[0].dataset.digest == fingerprint[:32]
+    assert run.data.tags["dataset_fingerprint"] == fingerprint
+    (entry,) = run.inputs.dataset_inputs
+    assert entry.dataset.digest == fingerprint[:32]
+    assert {tag.key: tag.value for tag in entry.tags} == {"mlflow.data.context": "training", "share": "1"}
     assert run.data.tags["mlflow.source.git.commit"] == "c0ffee"
     assert run.data.tags["ray_job_id"].startswith("raysubmit_")
     assert {
@@ -169,6 +183,8 @@ def test_a_submitted_run_is_reviewable_in_mlflow(uninterrupted, jobs, episodes):
         f"data/{episodes.name}/report.txt",
         f"data/{episodes.name}/contact_sheet.png",
         f"data/{episodes.name}/normalization.png",
+        "plots/curves.png",
+        *(f"plots/actions/{episodes.name}/step_{step:09}.png" for step in range(10, STEPS + 1, 10)),
     } <= set(jobs.artifacts("uninterrupted"))
     assert len({path for path in jobs.artifacts("uninterrupted") if re.search(r"samples.*\.png$", path)}) == 8
     assert jobs.artifact("uninterrupted", "environment/changes.patch") == CHANGES
@@ -181,10 +197,13 @@ def test_a_submitted_run_is_reviewable_in_mlflow(uninterrupted, jobs, episodes):
         [run.info.experiment_id], f"source_run_id = '{run.info.run_id}'"
     )
     assert sorted(model.params["checkpoint_uri"] for model in models) == folders
-    losses = jobs.curve("uninterrupted")
+    losses, validated = jobs.curve("uninterrupted"), jobs.curve("uninterrupted", metric="val/loss")
     for model in models:
-        (metric,) = model.metrics
-        assert (metric.key, metric.value) == ("checkpoint/train_loss", losses[int(model.params["step"])])
+        step = int(model.params["step"])
+        assert {metric.key: metric.value for metric in model.metrics} == {
+            "checkpoint/train_loss": losses[step],
+            "checkpoint/val_loss": validated[step],
+        }
     assert run.data.tags["latest_checkpoint"] == folders[-1]
 
 
@@ -213,10 +232,11 @@ def test_the_terminal_shows_the_config_the_link_and_the_progress(uninterrupted, 
 
 
 def test_a_job_is_stopped_then_its_driver_and_its_node_are_lost_and_the_run_goes_on_with_other_workers(
-    uninterrupted, jobs, episodes, bucket, tmp_path
+    uninterrupted, jobs, services, episodes, bucket, tmp_path
 ):
     """Two workers that share the policy are told to stop and save before they do; one goes on until its
-    driver is killed, what its node held is lost and its newest checkpoint is damaged; two bring it home."""
+    driver is killed, what its node held is lost and its newest checkpoint is damaged; two bring it home, of
+    which one is killed while MLflow's server is away."""
     work = tmp_path / "work"
     uri = bucket("runs")
     place = {"storage_path": f"'{uri}'", "work_path": f"'{work}'", "checkpoint.every": 20}
@@ -246,8 +266,12 @@ def test_a_job_is_stopped_then_its_driver_and_its_node_are_lost_and_the_run_goes
         with filesystem.open_output_stream(f"{root}/{name}/pretrained_model/config.json") as stream:
             stream.write(b"{}")
 
-    job = jobs.submit("stored", episodes, **place)
+    job = jobs.submit("stored", episodes, max_failures=1, **place)
+    jobs.wait_for_step("stored", job, 25, folder=work)
+    with server_away(services, seconds=60):
+        kill_a_worker(services)
     assert jobs.wait(job) == JobStatus.SUCCEEDED, jobs.client.get_job_logs(job)[-4000:]
+    assert "points wait in" in jobs.client.get_job_logs(job)
     assert "step_000000020 is skipped: pretrained_model/config.json" in jobs.client.get_job_logs(job)
     assert jobs.curve("stored", run) == pytest.approx(jobs.curve("uninterrupted"), rel=1e-5)
     ended = jobs.run_of("stored", run)
@@ -257,10 +281,28 @@ def test_a_job_is_stopped_then_its_driver_and_its_node_are_lost_and_the_run_goes
     newest = run.newest()
     assert newest is not None
     assert newest.name == f"step_{STEPS:09d}"
-    SmolVLAPolicy.from_pretrained(newest / "pretrained_model")
+    registered = register_policy.fetched(ended.data.tags["latest_checkpoint"], tmp_path / "registered")
+    SmolVLAPolicy.from_pretrained(registered / "pretrained_model")
     models = jobs.mlflow.search_logged_models([ended.info.experiment_id], f"name = '{newest.name}'")
     assert run.address(newest.name) in {model.params["checkpoint_uri"] for model in models}
     assert not list(folder.glob("staging/*/*"))
+
+
+@contextlib.contextmanager
+def server_away(services, *, seconds):
+    """MLflow's server is killed, and comes back after so long."""
+    until = time.monotonic() + seconds
+    server = psutil.Process(services["mlflow"]["pid"])
+    for process in (server, *server.children(recursive=True)):
+        process.kill()
+    yield
+    time.sleep(until - time.monotonic())
+    subprocess.run([sys.executable, str(ROOT / "infra/local/services.py"), "up"], check=True, timeout=240)
+
+
+def kill_a_worker(services):
+    family = psutil.Process(services["ray"]["pid"]).children(recursive=True)
+    next(process for process in family if "RayTrainWorker" in " ".join(process.cmdline())).kill()
 
 
 def reap(jobs):
@@ -302,7 +344,7 @@ def test_a_checkpoint_is_fine_tuned_on_other_cameras_several_draws_a_sample_and_
     rename["observation.images.wrist"] = "observation.images.camera1"
     settings = {"rename": f"'{json.dumps(rename)}'", "repeated_noise": 2, "steps": 40, "log_every": 10}
     settings |= {"policy.path": f'"{ROOT}/tests/golden/default"', "dataset.max_bad_rows": 1}
-    settings |= {"validation.episodes": "3 7", "ema_decay": 0.9, "lora.rank": 2}
+    settings |= {"validation.fraction": 0, "validation.episodes": "3 7", "ema_decay": 0.9, "lora.rank": 2}
     settings |= {"lora.train_fully": "action_in_proj action_out_proj"}
     job = jobs.submit("fine-tuned", broken, **settings, **{"checkpoint.every": 40})
     assert jobs.wait(job) == JobStatus.SUCCEEDED, jobs.client.get_job_logs(job)[-4000:]

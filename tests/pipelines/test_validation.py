@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from runs import one_process, toy_policy_and_reader
-from toys import LENGTHS, TASKS, spawned, with_cut_image
+from toys import LENGTHS, TASKS, FileWriter, spawned, with_cut_image
 
 from pipelines.dataset import open_dataset
 from pipelines.engine import Engine, TrainConfig
-from pipelines.plan import VALIDATION_NOISE, generator_seed
+from pipelines.inspection import episode_columns
+from pipelines.plan import PREDICTION_NOISE, VALIDATION_NOISE, generator_seed
+from pipelines.predictions import Predictions
 from pipelines.samples import Source, StreamConfig
 from pipelines.tensors import ToTorch
 from pipelines.validation import (
@@ -58,7 +60,8 @@ def measured(uri, folder, **settings):
     config, frames = held_out(uri)
     torch.manual_seed(0)
     engine = Engine(SmolVLAPolicy(config, allow_random_vlm=True).train(), replace(TRAIN, **settings))
-    validation = Validation(frames, last_step=TRAIN.steps, folder=folder)
+    writer = FileWriter(folder / "points.jsonl")
+    validation = Validation(frames, last_step=TRAIN.steps, folder=folder, show=writer.predictions)
     values = validation.at(2, engine)
     assert engine.policy.training
     assert validation.at(1, engine) == {}
@@ -127,6 +130,40 @@ def test_the_loss_is_the_mean_over_all_valid_entries_of_the_frames_and_of_each_t
     record = json.loads((folder / "validation.jsonl").read_text())
     assert (record["step"], record["loss"]) == (2, values["val/loss"])
     assert [part["name"] for part in record["tasks"]] == list(TASKS)
+
+
+def test_the_policy_acts_on_held_out_frames_and_its_errors_are_in_the_datasets_units(
+    alone, episodes, ray_session
+):
+    values, folder = alone
+    config, frames = held_out(episodes)
+    torch.manual_seed(0)
+    policy = SmolVLAPolicy(config, allow_random_vlm=True).eval()
+    found = Predictions.from_bytes((folder / "predictions_2_0.npz").read_bytes())
+    assert found.predicted.shape == (26, config.chunk_size, config.action_dim)
+    dataset = frames.reader.sources[0].dataset
+    for place in (0, 17, 25):
+        batch, _ = frames.batch(frames.frames[np.array([place])])
+        episode, frame = int(batch["episode_index"][0]), int(batch["frame_index"][0])
+        assert (found.episode[place], found.frame[place]) == (episode, frame)
+        generator = torch.Generator().manual_seed(generator_seed(PREDICTION_NOISE, 3, 0, episode, frame))
+        noise = sample_noise((1, config.chunk_size, config.max_action_dim), generator)
+        chunk = policy.predict_action_chunk(ToTorch()(batch), noise)
+        back = frames.reader.sources[0].normalizer.unnormalize("action", chunk.numpy())[0]
+        np.testing.assert_allclose(found.predicted[place], back, rtol=1e-4, atol=1e-4)
+        (row,) = np.flatnonzero(dataset.episode_index == episode)
+        done = episode_columns(dataset, int(row), ["action"])["action"][frame:]
+        length = min(len(done), config.chunk_size)
+        assert found.valid[place].tolist() == [i < length for i in range(config.chunk_size)]
+        np.testing.assert_allclose(found.true[place][:length], done[:length], rtol=1e-5, atol=1e-5)
+    normalized = frames.reader.sources[0].normalizer.normalize
+    errors = np.abs(normalized("action", found.predicted) - normalized("action", found.true)).mean(axis=2)
+    assert values["val/action_mae/1"] == pytest.approx(errors[:, 0].mean(), rel=1e-4)
+    assert values["val/action_mae/all"] == pytest.approx(errors[found.valid].mean(), rel=1e-4)
+    last = np.flatnonzero(found.valid[:, -1])  # those of the frames that have a whole chunk before them
+    np.testing.assert_allclose(
+        found.errors()[-1], np.abs(found.predicted - found.true)[last, -1].mean(axis=0), rtol=1e-5
+    )
 
 
 def test_frames_are_spaced_evenly_over_the_held_out_episodes(episodes):
