@@ -14,7 +14,7 @@ ifndef RUN
 RUN := demo-$(shell date +%Y%m%d-%H%M%S)
 endif
 
-.PHONY: train test check up down status install
+.PHONY: train test check up down status screenshots install
 train: up
 	@echo "== collecting Meta-World episodes with the scripted experts"
 	$(SUBMIT) python jobs/ingest_metaworld.py --tasks reach-v3 button-press-topdown-v3 --episodes 20 \
@@ -29,6 +29,7 @@ train: up
 TEST = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: install
+	@infra/local/chromium.sh
 	$(TEST)
 
 check: install
@@ -36,6 +37,7 @@ check: install
 	$(PY) -m ruff format --check
 	$(PY) -m pyright
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+	@infra/local/chromium.sh
 	$(TEST)
 
 up: install
@@ -46,6 +48,14 @@ down:
 
 status: install
 	@$(PY) infra/local/services.py status
+
+# The README's pictures: RUN_ID=<MLflow run>, MODEL=<registered model> if there is one; of the server of `make up`.
+IMAGES ?= docs/images
+screenshots: install
+	@test -n "$(RUN_ID)" || { echo "RUN_ID=... names the MLflow run"; exit 2; }
+	@infra/local/chromium.sh
+	. "$(STATE)/env" && $(PY) infra/local/screenshots.py --uri "$$MLFLOW_TRACKING_URI" \
+		--run_id "$(RUN_ID)" --model "$(MODEL)" --output "$(IMAGES)"
 
 install: .venv/.installed
 .venv/.installed: pyproject.toml

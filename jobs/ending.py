@@ -36,11 +36,20 @@ def truthful_end(run: TrackedRun, board: Any) -> Iterator[None]:
             yield
         except BaseException:
             hand_over()
-            run.finish("FAILED")
+            _tell(run, "FAILED")
             raise
         else:
             hand_over()
-            run.finish("FINISHED")
+            _tell(run, "FINISHED")
+
+
+def _tell(run: TrackedRun, status: str) -> None:
+    """How the job ended is no worse for a server that is away."""
+    try:
+        run.finish(status)
+    except MlflowException as error:
+        print(f"MLflow does not know that the run is {status}: {str(error)[:300]}", flush=True)
+        print("when it is back, the same command tells it", flush=True)
 
 
 @contextlib.contextmanager

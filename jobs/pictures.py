@@ -2,6 +2,7 @@
 
     plots/curves.png                        loss, error, learning rate, speed, waiting: the run at a glance
     plots/actions/<dataset>/step_*.png      predicted against true chunks, the error at each step of the chunk
+    bad_rows.json                           every row whose images could not be used, as soon as there is one
 
 What the policy did lies in the run's folder, predictions/step_*/<dataset>.npz. A picture that is not at the
 server is drawn from it, now or when the run goes on.
@@ -21,7 +22,7 @@ from pipelines.predictions import Predictions
 from pipelines.progress import folder_name
 from pipelines.run_storage import RunStorage
 
-DATA, PICTURES, CURVES = "predictions", "plots/actions", "plots/curves.png"
+DATA, PICTURES, CURVES, BAD_ROWS = "predictions", "plots/actions", "plots/curves.png", "bad_rows.json"
 LOOK_EVERY_S = 2.0
 CURVES_EVERY_S = 60.0
 
@@ -31,7 +32,7 @@ class Pictures:
 
     def __init__(self, run: TrackedRun, storage: RunStorage) -> None:
         self._run, self._storage = run, storage
-        self._curves_at = time.monotonic()
+        self._curves_at, self._bad_rows = time.monotonic(), b""
         self._new, self._closing = threading.Event(), threading.Event()
         self._new.set()  # what an earlier job did not send
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -59,6 +60,7 @@ class Pictures:
                     self._send_actions()
                 if closing or time.monotonic() > self._curves_at + CURVES_EVERY_S:
                     self._send_curves()
+                    self._send_bad_rows()
             except (MlflowException, OSError) as error:
                 print(f"pictures wait: {str(error)[:300]}", flush=True)
                 self._new.set()
@@ -96,3 +98,11 @@ class Pictures:
             picture = drawing.training_curves(points, title=self._storage.name)
             client.log_figure(run_id, picture, CURVES)
         self._curves_at = time.monotonic()
+
+    def _send_bad_rows(self) -> None:
+        if not self._storage.has(BAD_ROWS):
+            return
+        named = self._storage.read(BAD_ROWS)
+        if named != self._bad_rows:
+            self._run.client.log_text(self._run.run_id, named.decode(), BAD_ROWS)
+            self._bad_rows = named

@@ -147,7 +147,7 @@ def lineage(training: Run, checkpoint: str) -> dict[str, str]:
         "training_run_id": training.info.run_id,
         "training_run_name": training.info.run_name or "",
         "checkpoint_uri": checkpoint,
-        "dataset_fingerprint": training.data.params.get("dataset_fingerprint", ""),
+        "dataset_fingerprint": training.data.tags.get("dataset_fingerprint", ""),
         "git_commit": training.data.tags.get("git_commit", ""),
     }
 

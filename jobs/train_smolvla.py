@@ -469,7 +469,7 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
     """The MLflow run: a new one, or the one that this run's folder names."""
     storage, data = prepared.storage, prepared.data
     origins = [lineage.origin(dataset) for dataset in data.datasets]
-    tags = tracking.source_tags() | lineage.tags(data.datasets, origins)
+    tags = tracking.source_tags() | lineage.tags(data.datasets, origins) | {"run_folder": str(storage)}
     if storage.has(RECORD):
         known = storage.read_json(RECORD)
         tags["resumed_from_step"] = str(step)
@@ -477,7 +477,6 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
     params = {
         "policy": job.policy.path,
         "dataset": ", ".join(entry.path for entry in data.entries),
-        "dataset_fingerprint": ", ".join(dataset.fingerprint for dataset in data.datasets),
         "steps": job.steps,
         "batch_size": job.batch_size,
         "repeated_noise": job.repeated_noise,
@@ -489,7 +488,6 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
         "parallel": job.parallel,
         "chunk_size": prepared.policy_config.chunk_size,
         "fps": data.fps,
-        "run_folder": str(storage),
     }
     run = tracking.start_run(
         job.tracking.uri,

@@ -53,9 +53,10 @@ def trained(services, tmp_path_factory):
         services["mlflow"]["url"],
         experiment="registering",
         name="my run",
-        params={"dataset_fingerprint": "abc"},
+        params={},
         tags={
             "git_commit": "c0ffee",
+            "dataset_fingerprint": "abc",
             "best_checkpoint": str(folder / "step_000000010"),
             "latest_checkpoint": str(folder / "step_000000020"),
         },
@@ -156,6 +157,12 @@ def test_the_version_leads_back_to_run_checkpoint_and_data_and_the_alias_moves(r
     told = second.predict(pd.DataFrame([encoded(observation(0))]), params=PARAMS)
     newest = expected(folder / "step_000000020", observation(0))
     np.testing.assert_allclose(told["action"][0], newest, rtol=1e-5, atol=1e-5)
+
+
+def test_the_page_of_the_version_shows_name_version_and_alias(registered, trained, pages):
+    version = MlflowClient(trained[0].uri).get_model_version_by_alias(NAME, "champion").version
+    shown = pages.open_model_version(NAME, str(version))
+    assert (shown.name, shown.version, shown.aliases) == (NAME, str(version), ["champion"])
 
 
 def test_a_run_a_step_or_weights_that_are_not_there_are_refused(trained, capsys):

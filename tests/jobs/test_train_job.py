@@ -21,6 +21,7 @@ import psutil
 import pytest
 import ray
 from mlflow import MlflowClient
+from PIL import Image
 from ray.job_submission import JobStatus, JobSubmissionClient
 from test_ingest_s3 import SECRETS, bucket, server
 from toys import with_cut_image
@@ -165,7 +166,6 @@ def test_a_submitted_run_is_reviewable_in_mlflow(uninterrupted, jobs, services, 
     assert len(run.data.params) <= 20
     assert run.data.params["steps"] == str(STEPS)
     fingerprint = json.loads((episodes / "meta/ingest.json").read_text())["fingerprint"]
-    assert run.data.params["dataset_fingerprint"] == fingerprint
     assert run.data.tags["dataset_fingerprint"] == fingerprint
     (entry,) = run.inputs.dataset_inputs
     assert entry.dataset.digest == fingerprint[:32]
@@ -352,6 +352,7 @@ def test_a_checkpoint_is_fine_tuned_on_other_cameras_several_draws_a_sample_and_
     assert (run.data.params["repeated_noise"], run.data.metrics["data/bad_rows"]) == ("2", 1)
     named = json.loads((folder / "bad_rows.json").read_text())
     cameras = ["observation.images.wrist"]
+    assert json.loads(jobs.artifact("fine-tuned", "bad_rows.json")) == named
     assert run.data.metrics.keys() >= {"val/loss", "val/loss_ema", "val/frames"}
     assert run.data.tags["best_checkpoint"] == str(folder / "step_000000040")
     (model,) = jobs.mlflow.search_logged_models(
@@ -565,3 +566,34 @@ def test_a_tracking_server_that_does_not_answer_is_refused_before_ray_starts(goo
     )
     assert done.returncode == 2
     assert "tracking.uri http://127.0.0.1:9: no MLflow server answers" in done.stderr.splitlines()[-1]
+
+
+def test_the_list_of_runs_leads_to_the_run_by_its_name(uninterrupted, jobs, pages):
+    run = jobs.run_of("uninterrupted").info
+    address = pages.open_runs(run.experiment_id, run_name="uninterrupted")
+    assert address == f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
+
+
+def test_the_charts_draw_exactly_the_points_of_the_loss_and_the_slider_the_samples(
+    uninterrupted, jobs, pages
+):
+    run = jobs.run_of("uninterrupted").info
+    pages.open_charts(run.experiment_id, run.run_id, pattern="^train/loss$|^samples$")
+    drawn = pages.curve("train/loss")
+    logged = jobs.curve("uninterrupted")
+    assert drawn.steps == sorted(logged)
+    assert drawn.values == pytest.approx([logged[step] for step in drawn.steps], rel=1e-6)
+    for step in (0, 7):
+        shown = pages.slider_image("samples", step=step)
+        assert (shown.step, shown.width_px > 0) == (step, True)
+        assert shown.path.startswith(f"images/samples+step+{step}+")
+
+
+def test_the_contact_sheet_opens_among_the_artifacts(uninterrupted, jobs, episodes, pages):
+    run = jobs.run_of("uninterrupted").info
+    path = f"data/{episodes.name}/contact_sheet.png"
+    image = pages.open_artifact_image(run.experiment_id, run.run_id, path=path)
+    file = mlflow.artifacts.download_artifacts(
+        run_id=run.run_id, artifact_path=path, tracking_uri=jobs.mlflow_uri
+    )
+    assert image.evaluate("image => [image.naturalWidth, image.naturalHeight]") == list(Image.open(file).size)
