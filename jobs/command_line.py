@@ -9,12 +9,15 @@ import contextlib
 import dataclasses
 import json
 import logging
+import operator
 import os
+import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+from urllib.parse import parse_qsl, urlsplit
 
 import draccus
 import ray
@@ -25,6 +28,8 @@ from pipelines.sources.mapping import unknown_name
 Job = TypeVar("Job")
 
 REFUSED = 2  # exit code
+SECRET_OPTION = re.compile(r"(?i)key|secret|token|password|signature|credential")
+"""Of a URI's options."""
 
 
 def fail(error: object) -> NoReturn:
@@ -51,9 +56,36 @@ def parsed(job_class: type[Job], argv: Sequence[str]) -> Job:
         if config:
             _check_file(config, flags)
         try:
-            return draccus.parse(job_class, config_path=config, args=words, exit_on_error=False)
+            job = draccus.parse(job_class, config_path=config, args=words, exit_on_error=False)
         except (draccus.ParsingError, argparse.ArgumentError, ValueError) as error:
             raise ValueError(_root(error)) from None
+        for name in flags:
+            refuse_credentials(name, operator.attrgetter(name)(job))
+        refuse_credentials("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI"))
+        return job
+
+
+def refuse_credentials(name: str, value: Any) -> None:
+    """Refuse a URI with a password in it, however deep in a list or mapping: flags are printed and kept.
+
+    Raises:
+        ValueError: names the flag and the address, without what is secret.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            refuse_credentials(f"{name}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            refuse_credentials(name, item)
+    elif isinstance(value, str) and "://" in value:
+        parts = urlsplit(value)
+        _, at, host = parts.netloc.rpartition("@")
+        if at or any(SECRET_OPTION.search(option) for option, _ in parse_qsl(parts.query)):
+            raise ValueError(
+                f"{name} {parts.scheme}://...{host}{parts.path}: an address with credentials would be "
+                "printed and logged; give them to every node as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "for MLflow as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
 
 
 def start_ray() -> None:

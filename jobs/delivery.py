@@ -28,6 +28,8 @@ from jobs.pictures import Pictures
 from jobs.tracking import CLIENT_ENVIRONMENT, TrackedRun
 from pipelines.dataset import filesystem_of
 from pipelines.files import parted
+from pipelines.metrics import SPOOL as SPOOL_LENGTH
+from pipelines.metrics import gauge
 from pipelines.predictions import Predictions
 from pipelines.run_storage import RunStorage
 
@@ -89,6 +91,11 @@ class Spool:
                 offset += len(line)
         return records, offset
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes that the server does not have."""
+        return self.path.stat().st_size - self.offset
+
     def shipped(self, offset: int) -> None:
         """Note what the server has."""
         partial = self._offset_path.with_suffix(".partial")
@@ -115,6 +122,7 @@ class Shipper:
         self._latest: tuple[int, dict[str, float]] = (0, {})
         self._closing = threading.Event()
         self._pictures = Pictures(run, storage)
+        self._waiting = gauge(SPOOL_LENGTH, storage.name, "driver")
         self._thread = threading.Thread(target=self._ship, daemon=True)
         self._thread.start()
         threading.Thread(target=self._look_at_machines, daemon=True).start()
@@ -176,6 +184,7 @@ class Shipper:
 
     def _ship(self) -> None:
         while True:
+            self._waiting.set(self._spool.waiting_bytes)
             try:
                 empty = not self._ship_some()
             except MlflowException as error:

@@ -1,6 +1,6 @@
 """What a run is measured on: validation flags -> sources to train on, and the frames that are held out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from jobs import training_data
 from jobs.training_data import Entry, TrainingData, readable
 from pipelines.dataset import EpisodeDataset, open_dataset
+from pipelines.features import StoredFeatures
 from pipelines.samples import SampleReader, Source
 from pipelines.validation import HeldOut, ValidationConfig, held_out_named, held_out_share, split
 from smolvla.configuration import SmolVLAConfig
@@ -52,9 +53,17 @@ class ValidationOptions:
 
 
 def parted(
-    options: ValidationOptions, data: TrainingData, config: SmolVLAConfig, reader: SampleReader, *, every: int
+    options: ValidationOptions,
+    data: TrainingData,
+    config: SmolVLAConfig,
+    reader: SampleReader,
+    *,
+    every: int,
+    features_of: Callable[[EpisodeDataset], StoredFeatures | None],
 ) -> tuple[SampleReader, HeldOut | None]:
     """The reader without what is held out, and what is held out.
+
+    `features_of` gives those of a dataset of its own, if it has some that fit.
 
     Raises:
         ValueError: names the flag and the value.
@@ -62,7 +71,9 @@ def parted(
     if not options.given:
         return reader, None
     if options.path:
-        training, held_out = list(reader.sources), [_other_source(options, data, config, reader)]
+        other = _other_source(options, data, config, reader)
+        training = list(reader.sources)
+        held_out = [replace(other, features=features_of(other.dataset))]
     else:
         places = _places(options, data.datasets)
         parts = [split(source, places[i]) for i, source in enumerate(reader.sources)]
@@ -82,7 +93,12 @@ def identity(options: ValidationOptions, held_out: HeldOut | None) -> dict[str, 
         return None
     datasets = [source.dataset for source in held_out.reader.sources]
     episodes = [dataset.episode_index.tolist() for dataset in datasets]
-    chosen = {"fingerprint": datasets[0].fingerprint} if options.path else {"episodes": episodes}
+    chosen: dict[str, Any] = (
+        {"fingerprint": datasets[0].fingerprint} if options.path else {"episodes": episodes}
+    )
+    features = held_out.reader.sources[0].features
+    if options.path and features is not None:
+        chosen["features"] = features.recipe.fingerprint
     return chosen | {"max_frames": options.max_frames, "seed": options.seed}
 
 

@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from pipelines.dataset import EpisodeDataset, filesystem_of
 from pipelines.files import exists, read_json, write_json
@@ -45,19 +44,13 @@ def write_link(uri: str, *, run_id: str, tracking_uri: str, generation: int, pla
     """Note a run as the one that brings a generation, instead of one that was given up."""
     entry = {
         "run_id": run_id,
-        "tracking_uri": without_secrets(tracking_uri),
+        "tracking_uri": tracking_uri,
         "generation": generation,
         "plan": plan,
     }
     kept = [found for found in links(uri) if found["generation"] < generation]
     filesystem, root = filesystem_of(uri)
     write_json(filesystem, f"{root}/{LINKS_PATH}", [*kept, entry])
-
-
-def without_secrets(uri: str) -> str:
-    """A server's address without user and password: a dataset is passed on."""
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def origin(dataset: EpisodeDataset) -> dict[str, str]:

@@ -30,12 +30,12 @@ from PIL import Image
 from jobs import tracking
 from jobs.command_line import parsed, refusals
 from jobs.environment import ROOT
+from jobs.policies import verified
 from jobs.served_policy import ANSWER, ARTIFACT, TASK
 from jobs.tracking import TrackingOptions
 from pipelines.checkpoint import PRETRAINED
 from pipelines.files import joined, parted
 from pipelines.progress import folder_name
-from pipelines.run_storage import RunStorage
 from smolvla import SmolVLAPolicy
 from smolvla.features import STATE
 
@@ -70,7 +70,7 @@ def main(job: RegisterPolicy) -> None:
         client = tracking.client_of(uri)
         training = run_of(client, job.run_id)
         checkpoint = checkpoint_of(training, job.step)
-        policy = fetched(checkpoint, Path(work)) / (f"{PRETRAINED}_ema" if job.ema else PRETRAINED)
+        policy = verified(checkpoint, Path(work)) / (f"{PRETRAINED}_ema" if job.ema else PRETRAINED)
         if not policy.is_dir():
             raise ValueError(f"ema {job.ema}: {checkpoint} has no {policy.name}")
         mlflow.set_tracking_uri(uri)
@@ -125,20 +125,6 @@ def checkpoint_of(training: Run, step: int | None) -> str:
     if step is None:
         return chosen
     return joined(parted(chosen)[0], folder_name(step))
-
-
-def fetched(checkpoint: str, work: Path) -> Path:
-    """The checkpoint's folder on this node, verified.
-
-    Raises:
-        ValueError: it is not there, or not what its manifest says.
-    """
-    run, name = parted(checkpoint)
-    remote = "://" in checkpoint
-    storage = RunStorage(folder=work if remote else Path(run), uri=run if remote else "")
-    if reason := storage.problem(name):
-        raise ValueError(f"checkpoint {checkpoint}: {reason}")
-    return storage.folder / name
 
 
 def lineage(training: Run, checkpoint: str) -> dict[str, str]:

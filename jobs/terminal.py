@@ -112,15 +112,24 @@ def run_with_options(
 
 
 def _ingestion(tracking: IngestTracking) -> Callable[..., dict[str, Any]]:
-    """`ingest`, or the same with an MLflow run.
+    """`ingest`, or the same with an MLflow run."""
+    server = tracking_server(tracking, what="the ingestion")
+    if server is None:
+        return ingest
+    from jobs import ingestion_run  # imports MLflow, which takes seconds
+
+    return functools.partial(ingestion_run.ingest_tracked, server=server, experiment=tracking.experiment)
+
+
+def tracking_server(tracking: IngestTracking, *, what: str) -> str | None:
+    """The server that is to know of `what`; None: there is none, or the environment's does not answer.
 
     Raises:
         ValueError: the server that was given does not answer.
     """
     server = (tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")).rstrip("/")
     if not server:
-        return ingest
-    from jobs import ingestion_run  # imports MLflow, which takes seconds
+        return None
     from jobs.tracking import check_reachable
 
     given_by = "tracking.uri" if tracking.uri else "MLFLOW_TRACKING_URI"
@@ -129,9 +138,9 @@ def _ingestion(tracking: IngestTracking) -> Callable[..., dict[str, Any]]:
     except ValueError as error:
         if tracking.uri:
             raise
-        print(f"warning: {error}; the ingestion is not tracked", file=sys.stderr, flush=True)
-        return ingest
-    return functools.partial(ingestion_run.ingest_tracked, server=server, experiment=tracking.experiment)
+        print(f"warning: {error}; {what} is not tracked", file=sys.stderr, flush=True)
+        return None
+    return server
 
 
 def _print_refusals(report: dict[str, Any]) -> None:

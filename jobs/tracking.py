@@ -46,7 +46,7 @@ class TrackingOptions:
 
 
 def check_reachable(uri: str, *, given_by: str = "tracking.uri") -> None:
-    """Refuse a tracking server that does not answer.
+    """Refuse a tracking server that does not answer, or not to this user.
 
     Raises:
         ValueError: names the flag and the address.
@@ -61,6 +61,14 @@ def check_reachable(uri: str, *, given_by: str = "tracking.uri") -> None:
     except (urllib.error.URLError, TimeoutError, OSError) as error:
         raise ValueError(
             f"{given_by} {uri}: no MLflow server answers ({error}); `make up` starts one"
+        ) from None
+    try:  # /health answers everybody
+        client_of(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{given_by} {uri}: the server refuses this user, see MLFLOW_TRACKING_USERNAME and "
+            f"MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN: {reason}"
         ) from None
 
 

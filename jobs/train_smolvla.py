@@ -23,10 +23,11 @@ import ray
 import torch
 import yaml
 
-from jobs import command_line, held_out, lineage, summary, tracking, training_data
+from jobs import command_line, held_out, image_features, lineage, summary, tracking, training_data
 from jobs.delivery import SPOOL, CheckpointsInMlflow, RunWriter, run_writer
 from jobs.ending import truthful_end
 from jobs.held_out import ValidationOptions
+from jobs.image_features import ImageFeatures
 from jobs.review import Review
 from jobs.tracking import TrackingOptions
 from jobs.training_data import DatasetOptions, TrainingData, readable, readable_vlm
@@ -42,6 +43,7 @@ from pipelines.retention import Retention
 from pipelines.run import Run, trained_datasets
 from pipelines.run_storage import START, RunStorage
 from pipelines.samples import SampleReader, StreamConfig
+from pipelines.tower import StreamedTower
 from pipelines.training import Cluster
 from pipelines.validation import HeldOut
 from smolvla.configuration import SmolVLAConfig
@@ -276,6 +278,7 @@ class Prepared:
 
     data: TrainingData
     policy_config: SmolVLAConfig
+    features: ImageFeatures
     reader: SampleReader
     held_out: HeldOut | None
     train: TrainConfig
@@ -297,10 +300,21 @@ def prepare(job: TrainJob) -> Prepared:
     _check_given(job)
     data = training_data.opened(job.dataset, rename=job.rename)
     policy_config = _policy_config(job, data)
+    storage = _run_storage(job)
+    before = storage.read_json(RECORD)["identity"] if storage.has(RECORD) else None
+    features = image_features.chosen(
+        job.dataset.features,
+        data,
+        policy_config,
+        policy_path=job.policy.path,
+        augmented=job.augmentation.is_on,
+        precision=job.precision,
+        before=before,
+    )
     stream = StreamConfig(seed=job.seed, micro_batch=job.micro_batch, mixing_rows=job.mixing_rows)
     train = _train_config(job)
     reader = SampleReader(
-        training_data.sources(data, policy_config),
+        training_data.sources(data, policy_config, features=features.of_datasets),
         stream,
         chunk_size=policy_config.chunk_size,
         image_box=policy_config.resize_imgs_with_padding,
@@ -308,8 +322,16 @@ def prepare(job: TrainJob) -> Prepared:
         num_observations=policy_config.n_obs_steps,
         augmentation=job.augmentation if job.augmentation.is_on else None,
     )
+    validated = (before or {}).get("validation") or {}
     reader, measured = held_out.parted(
-        job.validation, data, policy_config, reader, every=job.checkpoint.every
+        job.validation,
+        data,
+        policy_config,
+        reader,
+        every=job.checkpoint.every,
+        features_of=lambda dataset: features.like_these(
+            dataset, fingerprint=validated.get("features"), resumed=before is not None
+        ),
     )
     numbers = {k: v for k, v in asdict(train).items() if k not in NOT_IDENTITY}
     identity = numbers | data.identity()
@@ -319,10 +341,11 @@ def prepare(job: TrainJob) -> Prepared:
         "policy": policy_config.to_dict(),
         "augmentation": asdict(job.augmentation) if job.augmentation.is_on else None,
         "validation": held_out.identity(job.validation, measured),
+        "features": features.identity(),
     }
-    storage, as_saved = _run_storage(job), json.loads(json.dumps(identity))
-    _check_same_run(storage, as_saved)
-    return Prepared(data, policy_config, reader, measured, train, storage, as_saved)
+    as_saved = json.loads(json.dumps(identity))
+    _check_same_run(storage, as_saved, before)
+    return Prepared(data, policy_config, features, reader, measured, train, storage, as_saved)
 
 
 def _check_given(job: TrainJob) -> None:
@@ -395,11 +418,10 @@ def _train_config(job: TrainJob) -> TrainConfig:
     )
 
 
-def _check_same_run(storage: RunStorage, identity: dict[str, Any]) -> None:
+def _check_same_run(storage: RunStorage, identity: dict[str, Any], before: dict[str, Any] | None) -> None:
     """A run continues as what it was: a changed number would make its curve a lie."""
-    if not storage.has(RECORD):
+    if before is None:
         return
-    before = storage.read_json(RECORD)["identity"]
     for name, value in identity.items():
         if before.get(name) != value:
             raise ValueError(
@@ -453,15 +475,19 @@ def check_cluster(job: TrainJob) -> None:
     """Refuse what the cluster can never give; Ray would wait for it in silence."""
     have = ray.cluster_resources()
     fewest = job.workers[0]
-    need = fewest * job.cpus_per_worker
+    streamed = job.dataset.tower_actors if job.dataset.features == "stream" else 0
+    need = fewest * job.cpus_per_worker + streamed * job.dataset.tower_cpus
+    besides = f", {streamed} tower_actors * tower_cpus {job.dataset.tower_cpus}" if streamed else ""
     if have.get("CPU", 0) < need + 1:
         raise ValueError(
-            f"num_workers {job.num_workers} * cpus_per_worker {job.cpus_per_worker} and one CPU for the data "
-            f"need {need + 1} CPUs, the cluster has {have.get('CPU', 0)}"
+            f"num_workers {job.num_workers} * cpus_per_worker {job.cpus_per_worker}{besides} and one CPU for "
+            f"the data need {need + 1} CPUs, the cluster has {have.get('CPU', 0)}"
         )
-    if job.use_gpu and have.get("GPU", 0) < fewest:
+    gpus = fewest * job.use_gpu + streamed * job.dataset.tower_gpus
+    if have.get("GPU", 0) < gpus:
         raise ValueError(
-            f"num_workers {job.num_workers} with use_gpu, the cluster has {have.get('GPU', 0)} GPUs"
+            f"num_workers {job.num_workers} with use_gpu {job.use_gpu}{besides and ' and tower_gpus'} need "
+            f"{gpus:g} GPUs, the cluster has {have.get('GPU', 0)} GPUs"
         )
 
 
@@ -470,6 +496,7 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
     storage, data = prepared.storage, prepared.data
     origins = [lineage.origin(dataset) for dataset in data.datasets]
     tags = tracking.source_tags() | lineage.tags(data.datasets, origins) | {"run_folder": str(storage)}
+    tags["features_fingerprint"] = prepared.features.identity() or "none"
     if storage.has(RECORD):
         known = storage.read_json(RECORD)
         tags["resumed_from_step"] = str(step)
@@ -554,7 +581,7 @@ def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
             if at.step >= job.steps:
                 print(f"run {job.run_name} is complete at step {at.step}; nothing to do", flush=True)
             else:
-                review = Review(run, prepared.reader, prepared.train, step=at.step)
+                review = Review(run, prepared.reader.from_images, prepared.train, step=at.step)
                 fit(job, prepared, writer, board, at_step=at.step)
                 review.close(CLOSE_WITHIN_S)
         finally:
@@ -599,9 +626,29 @@ def fit(job: TrainJob, prepared: Prepared, writer: RunWriter, board: Any, *, at_
     done = threading.Event()
     threading.Thread(target=show_progress, args=(writer, job, done), daemon=True).start()
     try:
-        training.fit(run, prepared.reader, cluster, callbacks=[CheckpointsInMlflow(writer, prepared.storage)])
+        training.fit(
+            run,
+            prepared.reader,
+            cluster,
+            tower=tower(job, prepared),
+            callbacks=[CheckpointsInMlflow(writer, prepared.storage)],
+        )
     finally:
         done.set()
+
+
+def tower(job: TrainJob, prepared: Prepared) -> StreamedTower | None:
+    """The actors that compute features on the way, if there are to be some."""
+    if prepared.features.streamed is None:
+        return None
+    return StreamedTower(
+        storage=prepared.storage,
+        dtype=prepared.features.streamed,
+        precision=job.precision,
+        actors=job.dataset.tower_actors,
+        cpus=job.dataset.tower_cpus,
+        gpus=job.dataset.tower_gpus,
+    )
 
 
 def main(job: TrainJob) -> None:
@@ -611,6 +658,7 @@ def main(job: TrainJob) -> None:
     with command_line.refusals():
         prepared = prepare(job)
         tracking.check_reachable(job.tracking.uri)
+    print(prepared.features, flush=True)
     with only_driver(prepared.storage):
         with command_line.refusals():
             write_start(prepared, job)

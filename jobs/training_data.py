@@ -4,13 +4,14 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipelines.dataset import EpisodeDataset, open_dataset
+from pipelines.features import StoredFeatures
 from pipelines.samples import Source
 from pipelines.sources.mapping import unknown_name
 from smolvla.configuration import SmolVLAConfig
@@ -19,6 +20,7 @@ from smolvla.features import Feature, Normalizer
 from smolvla.processing import SmolVLAProcessor
 
 ENTRY_FIELDS = ("path", "name", "weight", "rename")
+FEATURES = ("auto", "off", "required", "stream")
 NAME = re.compile(r"[\w-][\w .-]*")  # what a folder and an MLflow metric may both be called
 
 
@@ -36,6 +38,16 @@ class DatasetOptions:
     fps: float | None = None
     """Frames a second of the policy: of its actions, and of its observations if it sees several. None: those
     of the data, which must agree. Not above the data's; every frame of the data is still trained on."""
+    features: str = "auto"
+    """auto, off, required or stream: train from what jobs/cache_features.py stored beside the datasets, not
+    from their images. auto: where all have it and it fits, saying why not otherwise; required: refuse to
+    start without; stream: actors run the frozen tower while the workers train, and nothing is stored."""
+    tower_actors: int = 1
+    """With features stream: the actors."""
+    tower_cpus: float = 1.0
+    """Of each of them."""
+    tower_gpus: float = 0.0
+    """Of each of them; a part of one is possible."""
     max_bad_rows: int = 0
     """Different rows with unusable images (cut off, of another size) that the run bears: they are masked out
     of the loss, named in <run>/bad_rows.json and counted as data/bad_rows."""
@@ -43,6 +55,14 @@ class DatasetOptions:
     def __post_init__(self) -> None:
         if self.max_bad_rows < 0:
             raise ValueError(f"dataset.max_bad_rows {self.max_bad_rows} is negative")
+        if self.features not in FEATURES:  # no Literal: to YAML, unquoted, `off` is no word
+            hint = '; in a YAML file "off" needs quotes' if self.features == "False" else ""
+            raise ValueError(f"dataset.features {self.features!r} is none of {', '.join(FEATURES)}{hint}")
+        if self.tower_actors < 1:
+            raise ValueError(f"dataset.tower_actors {self.tower_actors} is below 1")
+        for name in ("tower_cpus", "tower_gpus"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"dataset.{name} {getattr(self, name)} is negative")
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise ValueError(f"dataset.fps {self.fps} is not positive")
 
@@ -261,10 +281,14 @@ def readable_vlm(config: SmolVLAConfig) -> Iterator[None]:
         raise ValueError(f"vlm_model_name {config.vlm_model_name!r} of the policy: {reason}") from None
 
 
-def sources(data: TrainingData, config: SmolVLAConfig) -> list[Source]:
-    """The datasets with their own statistics, tokens and cameras, for the stream."""
+def sources(
+    data: TrainingData, config: SmolVLAConfig, *, features: Sequence[StoredFeatures] = ()
+) -> list[Source]:
+    """The datasets with their own statistics, tokens and cameras, for the stream; with features, if given."""
+    each = features or [None] * len(data.datasets)
     return [
-        _source(entry, dataset, config) for entry, dataset in zip(data.entries, data.datasets, strict=True)
+        replace(_source(entry, dataset, config), features=own)
+        for entry, dataset, own in zip(data.entries, data.datasets, each, strict=True)
     ]
 
 

@@ -317,6 +317,39 @@ def _footer_row_groups(
     return RowGroups(*columns)
 
 
+def file_digests(dataset: EpisodeDataset) -> list[str]:
+    """For each data file what it holds, in short: whatever was computed from it is valid while this stays.
+
+    Of our own datasets the digests of its episodes, of others' its name and size; and how its rows lie.
+    Appending leaves them as they are. The dataset must be whole.
+    """
+    filesystem, root = filesystem_of(dataset.uri)
+    content = _episode_digests(filesystem, root, count=len(dataset.episode_index))
+    groups = dataset.row_groups
+    entries = filesystem.get_file_info([f"{root}/{name}" for name in dataset.files])
+    by_file = np.argsort(groups.file, kind="stable")
+    ends = np.cumsum(np.bincount(groups.file, minlength=len(dataset.files)))
+    found = []
+    for entry, mine in zip(entries, np.split(by_file, ends[:-1]), strict=True):
+        rows = np.stack([groups.group[mine], groups.skip[mine], groups.rows[mine]])
+        episodes = np.unique(groups.episode[mine])
+        held = [content[i] for i in episodes] if content else [f"{entry.base_name} {entry.size}"]
+        told = [*held, dataset.episode_index[episodes].tolist(), rows.tolist()]
+        found.append(hashlib.sha256(json.dumps(told).encode()).hexdigest())
+    return found
+
+
+def _episode_digests(filesystem: pafs.FileSystem, root: str, *, count: int) -> list[str] | None:
+    """SHA-256 of each episode's content as our writer noted it; None where others wrote the dataset."""
+    selector = pafs.FileSelector(f"{root}/meta/episodes", recursive=True)
+    paths = sorted(f.path for f in filesystem.get_file_info(selector) if f.path.endswith(".parquet"))
+    if any("sha256" not in pq.read_schema(path, filesystem=filesystem).names for path in paths):
+        return None
+    columns = ["episode_index", "sha256"]
+    tables = [pq.read_table(path, filesystem=filesystem, columns=columns) for path in paths]
+    return pa.concat_tables(tables).sort_by("episode_index")["sha256"].to_pylist()[:count]
+
+
 def _fingerprint(filesystem: pafs.FileSystem, root: str, files: list[str], *, metadata: str) -> str:
     """Our ingestion's digest of the content; for others' datasets one of metadata and file sizes."""
     report = f"{root}/{metadata}/ingest.json"

@@ -94,6 +94,11 @@ class Feed:
         """Seconds that this worker took to make tensors of what had arrived."""
         return self._to_torch.busy_s
 
+    @property
+    def queued_micro_batches(self) -> int:
+        """Those that lie ready for this worker: it waits for data when there are none."""
+        return (self._to_torch.rows_ready - self.rows_taken) // self._run.train.micro_batch
+
     def forget_rows(self) -> None:
         """Drop the ids of past steps."""
         self.rows = {}

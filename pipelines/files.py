@@ -42,8 +42,8 @@ def atomic_stream(filesystem: pafs.FileSystem, path: str) -> Iterator[BinaryIO]:
 
 
 def remove_temporaries(filesystem: pafs.FileSystem, root: str) -> None:
-    """Delete what killed writers left below a folder."""
-    for entry in filesystem.get_file_info(pafs.FileSelector(root, recursive=True)):
+    """Delete what killed writers left below a folder, if there is one."""
+    for entry in filesystem.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True)):
         if entry.base_name.startswith(".") and entry.base_name.endswith(TEMPORARY):
             filesystem.delete_file(entry.path)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipelines.engine import StepResult
 from pipelines.feed import Feed
+from pipelines.metrics import PointGauges
 from pipelines.progress import BadRow, Progress
 from pipelines.run import Run
 from pipelines.starvation import WAIT_SHARE, Flow, StarvationLog
@@ -41,6 +42,7 @@ class Meter:
         """Those of all workers; the same on each."""
         self._skipped_in_a_row = 0
         self._starvation = StarvationLog()
+        self._gauges = PointGauges(run.storage.name, rank=rank)
         # A group of its own: checkpoints are written by another thread, through theirs.
         self._group = dist.new_group(backend="gloo")
         self._restart()
@@ -90,6 +92,7 @@ class Meter:
             "train/skipped_steps": float(len(found) - len(kept)),
             "data/wait_share": (self._feed.waited_s - self._waited) / seconds,
             "data/samples_per_s": len(self._results) * self._run.train.batch_size / seconds,
+            "data/queued_micro_batches": float(self._feed.queued_micro_batches),
         }
         if len(kept):
             self.last_loss, norm = float(kept[:, 0].mean()), float(kept[:, 1].mean())
@@ -97,6 +100,7 @@ class Meter:
         values |= self._exchange()
         values["data/bad_rows"] = float(len(self.bad_rows))
         values |= self._data_stages(seconds, values)
+        self._gauges.show(values)
         if self._rank == 0:
             self._run.writer.log(step, {**values, **measured()})
         self._look_at_skips(found[len(self._before) :])

@@ -24,7 +24,7 @@ Int64 = NDArray[np.int64]
 
 # What a random stream is for; the first word of its seed.
 EPOCH_ORDER, MIXING_ORDER, MICRO_BATCH_NOISE, AUGMENTATION = 0, 1, 2, 3
-HELD_OUT, VALIDATION_NOISE, ADAPTERS, PREDICTION_NOISE = 8, 9, 10, 11
+HELD_OUT, VALIDATION_NOISE, ADAPTERS, PREDICTION_NOISE, ROLLOUT_NOISE = 8, 9, 10, 11, 12
 
 
 def random_order(count: int, *seed: int) -> Int64:

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from pipelines.augmentation import AugmentationConfig, augmented, draws
 from pipelines.dataset import EpisodeDataset
+from pipelines.features import FRAME, PackedRows, StoredFeatures, unpacked_rows
 from pipelines.files import parted
 from pipelines.images import decoded_image, fitted_size, shrunk
 from pipelines.plan import Plan, Rows
 from pipelines.windows import Int64, frame_steps
-from smolvla.features import PADDING_MASK, Normalizer
+from smolvla.features import IMAGE_FEATURES, PADDING_MASK, Normalizer
 
 Batch = dict[str, NDArray[Any]]
 
@@ -74,6 +75,8 @@ class Source:
     """Camera column of the dataset -> camera of the policy; others keep their names."""
     name: str = ""
     """What metrics and files call it; empty: the end of its URI."""
+    features: StoredFeatures | None = None
+    """What is read instead of its images; of all datasets of a reader, or of none."""
 
     @property
     def title(self) -> str:
@@ -115,6 +118,7 @@ class SampleReader:
 
     def __post_init__(self) -> None:
         assert self._fits  # refuses image sizes that cannot be brought together
+        assert len({source.features is None for source in self.sources}) == 1
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -140,6 +144,16 @@ class SampleReader:
     def camera_names(self) -> list[str]:
         """Cameras of all datasets under the policy's names; those of the first dataset come first."""
         return list(dict.fromkeys(name for source in self.sources for name in source.camera_columns))
+
+    @property
+    def from_features(self) -> bool:
+        """Whether rows have features instead of images; of their own moment, which the policy looks at."""
+        return self.sources[0].features is not None
+
+    @property
+    def from_images(self) -> "SampleReader":
+        """The same rows with their images."""
+        return replace(self, sources=[replace(source, features=None) for source in self.sources])
 
     @functools.cached_property
     def cameras_that_some_lack(self) -> list[str]:
@@ -182,7 +196,8 @@ class SampleReader:
         small = small.combine_chunks().take(pa.array(starts[unit_of_row] + rows.offset))
         small = small.append_column("source", pa.array(rows.source))
         small = small.append_column("epoch", pa.array(rows.epoch))
-        images = {name: _Binaries([table[name] for table in tables]) for name in self.camera_names}
+        kind = PackedRows if self.from_features else _Binaries
+        images = {name: kind([table[name] for table in tables]) for name in self.camera_names}
         first = 0
         for size in sizes:
             taken = slice(first, first + size)
@@ -221,7 +236,8 @@ class SampleReader:
             int(groups.rows[unit]),
         )
         file, cameras = self._file(source, int(groups.file[unit])), self.sources[source].camera_columns
-        columns = ["observation.state", "episode_index", "frame_index", "task_index", *cameras.values()]
+        columns = ["observation.state", *FRAME, "task_index"]
+        columns += [] if self.from_features else cameras.values()
         frames = np.arange(first_frame, first_frame + rows)[:, None]
         # (rows, n): the moments that each row sees; the first frame stands for those before the episode
         seen = np.maximum(frames - self.frame_steps(source, self.num_observations)[::-1], 0)
@@ -252,6 +268,8 @@ class SampleReader:
             flat = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values[0].size)
             table = table.drop_columns(name) if name in table.column_names else table
             table = table.append_column(name, flat)
+        if self.from_features:
+            return self._with_features(table, source, unit)
         table = table.drop_columns(list(cameras.values()))  # all of them first: names may be swapped
         for name in self.camera_names:
             encoded = pa.nulls(rows * self.num_observations, pa.large_binary())
@@ -263,6 +281,33 @@ class SampleReader:
                 encoded = pa.FixedSizeListArray.from_arrays(encoded, self.num_observations)
             table = table.append_column(name, encoded)
         return table
+
+    def _with_features(self, table: pa.Table, source: int, unit: int) -> pa.Table:
+        """The rows of a unit with their packed features; null for a camera that the dataset lacks."""
+        dataset, features = self.sources[source].dataset, self.sources[source].features
+        assert features is not None
+        groups, cameras = dataset.row_groups, self.sources[source].camera_columns
+        number, group, skip = int(groups.file[unit]), int(groups.group[unit]), int(groups.skip[unit])
+        file = self._feature_file(source, number)
+        found = file.read_row_groups([group], columns=[*FRAME, *cameras.values()], use_threads=False)
+        found = found.slice(skip, len(table))
+        if not all(found[name].equals(table[name]) for name in FRAME):
+            raise ValueError(f"{features.path(dataset.files[number])}: row group {group} holds other frames")
+        for name in self.camera_names:
+            none = pa.nulls(len(table), pa.binary(self._feature_bytes(name)))
+            table = table.append_column(name, found[cameras[name]] if name in cameras else none)
+        return table
+
+    def _feature_source(self, camera: str) -> tuple[StoredFeatures, str]:
+        """Features that have a camera, and its column in them; those of all datasets have one form."""
+        source = next(source for source in self.sources if camera in source.camera_columns)
+        assert source.features is not None
+        return source.features, source.camera_columns[camera]
+
+    def _feature_bytes(self, camera: str) -> int:
+        """Of a row."""
+        features, column = self._feature_source(camera)
+        return features.row_bytes(column)
 
     def _episode_rows(
         self, source: int, file: pq.ParquetFile, unit: int, columns: list[str], *, first: int, last: int
@@ -285,10 +330,22 @@ class SampleReader:
             lambda source, number: self.sources[source].dataset.open_file(number)
         )
 
+    @functools.cached_property
+    def _feature_file(self) -> Callable[[int, int], pq.ParquetFile]:
+        """(source, number of the data file) -> the open file with its features."""
+
+        def opened(source: int, number: int) -> pq.ParquetFile:
+            features = self.sources[source].features
+            assert features is not None
+            return features.open_file(self.sources[source].dataset.files[number])
+
+        return functools.lru_cache(OPEN_FILES)(opened)
+
     def decoded(self, batch: pa.Table) -> Batch:
         """Encoded rows -> arrays: images uint8 (b, h, w, 3), the rest float32, int64 and bool.
 
-        With several observations images are (b, n, h, w, 3) and states (b, n, S).
+        Instead of images there may be features, `<camera>_features` (b, tokens, entries), packed. With
+        several observations images are (b, n, h, w, 3) and states (b, n, S).
         """
         b, n = len(batch), self.num_observations
         out: Batch = {name: batch[name].to_numpy() for name in ROW_IDS if name in batch.column_names}
@@ -312,10 +369,19 @@ class SampleReader:
             if camera in self.cameras_that_some_lack:
                 has = [(source, camera) in self._fits for source in out["source"].tolist()]
                 out[PADDING_MASK.format(camera)] = np.array(has)
-            self._add_images(out, batch[camera], number=number)
+            add = self._add_features if self.from_features else self._add_images
+            add(out, batch[camera], number=number)
         # Nothing is learned from a row that nobody can see.
         out["action_is_pad"] = out["action_is_pad"] | (out["bad_cameras"] != 0)[:, None]
         return out
+
+    def _add_features(self, out: Batch, column: pa.ChunkedArray, *, number: int) -> None:
+        """Add the features of camera `number` to `out`, and to `bad_cameras` where there should be some."""
+        camera = self.camera_names[number]
+        features, missing = unpacked_rows(column, *self._feature_source(camera))
+        has = np.array([camera in source.camera_columns for source in self.sources])[out["source"]]
+        out["bad_cameras"] |= (missing & has).astype(np.int64) << number
+        out[IMAGE_FEATURES.format(camera)] = features
 
     def _add_images(self, out: Batch, column: pa.ChunkedArray, *, number: int) -> None:
         """Add the images of camera `number` to `out`, and to its `bad_cameras` where there should be one."""
@@ -331,7 +397,7 @@ class SampleReader:
             if fit is None:
                 continue
             place = images[i, height - fit.scaled[0] :, width - fit.scaled[1] :]
-            if not _decoded_into(place, stored.as_py(), fit):
+            if not decoded_into(place, stored.as_py(), fit):
                 out["bad_cameras"][i // n] |= 1 << number
                 images[i] = 0
             elif augment:
@@ -375,9 +441,12 @@ class SampleReader:
         return self.image_box[1], self.image_box[0]
 
     def batches_per_block(self, size: int) -> int:
-        """Micro-batches whose decoded images fit into `size` bytes, at least one."""
+        """Micro-batches whose decoded images, or features, fit into `size` bytes, at least one."""
         pixels = sum(math.prod(self.image_size(camera)) for camera in self.camera_names)
-        return max(size // (3 * pixels * self.num_observations * self.config.micro_batch), 1)
+        row = 3 * pixels * self.num_observations
+        if self.from_features:
+            row = sum(self._feature_bytes(camera) for camera in self.camera_names)
+        return max(size // (row * self.config.micro_batch), 1)
 
     def _shrunk_size(self, stored: tuple[int, int]) -> tuple[int, int]:
         if self.image_box is None:
@@ -411,7 +480,7 @@ class SampleReader:
         return fits
 
 
-def _decoded_into(place: NDArray[np.uint8], encoded: bytes | None, fit: Fit) -> bool:
+def decoded_into(place: NDArray[np.uint8], encoded: bytes | None, fit: Fit) -> bool:
     """Fill (h, w, 3) RGB; False if the image cannot be decoded, or has not the declared size.
 
     Resizing is bilinear without antialiasing, as in the reference; it differs from the reference's float

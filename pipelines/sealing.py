@@ -55,7 +55,8 @@ def seal(
     """Write `meta/`, `info.json` last, and return what `ingest.json` says. All shards must stand."""
     layout, base = output.layout, output.base
     filesystem, root = filesystem_of(layout.uri)
-    remove_temporaries(filesystem, root)
+    for own in ("data", "meta"):  # in features/ another job may be writing
+        remove_temporaries(filesystem, f"{root}/{own}")
     records = [record for outcome in outcomes for record in outcome["episodes"]]
     added = _episodes_table(layout, records, shards, generation=base.generation)
     episodes = added if base.episodes is None else pa.concat_tables([base.episodes, added])

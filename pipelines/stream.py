@@ -25,7 +25,15 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import DataContext, DataIterator, Dataset, Datasource, ExecutionOptions
+from ray.data import (
+    ActorPoolStrategy,
+    DataContext,
+    DataIterator,
+    Dataset,
+    Datasource,
+    ExecutionOptions,
+)
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.train import DataConfig
@@ -33,6 +41,7 @@ from ray.train import DataConfig
 from pipelines.progress import position
 from pipelines.run_storage import RunStorage
 from pipelines.samples import Batch, SampleReader
+from pipelines.tower import BlockEmbedder, StreamedTower
 
 MOST_READ_TASKS = 256
 """Each costs Ray a millisecond or more before the first one starts."""
@@ -47,7 +56,29 @@ BLOCKS_IN_STORE = 64
 written, some wait, and each worker holds those that it prefetches."""
 NUM_WORKERS, BLOCK_BYTES = "smolvla.num_workers", "smolvla.block_bytes"
 """In the dataset's context, which travels with its tasks."""
+REST_S = 0.05
+"""Half of what Ray waits by itself for a task."""
 STAGE_SECONDS = "stage_seconds"  # of each row: (b, 2), what a task took to read it and to decode it
+
+
+class Unhurried(ExecutionCallback):
+    """Lets Ray Data's executor rest after a look at its tasks that changed nothing.
+
+    It waits for tasks that are ready, and blocks that are ready but may not be taken yet, because the workers
+    have enough, never let it wait: it looked without a pause and took half a core from the training (2.60).
+    """
+
+    def __init__(self) -> None:
+        self._before: list[tuple[int, int, int]] = []
+        self._looked = time.monotonic()
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Called by the executor after each look."""
+        metrics = [operator.metrics for operator in executor._topology]
+        now = [(m.num_tasks_submitted, m.num_task_outputs_generated, m.num_outputs_taken) for m in metrics]
+        if now == self._before:
+            time.sleep(max(self._looked + REST_S - time.monotonic(), 0.0))
+        self._before, self._looked = now, time.monotonic()
 
 
 class MicroBatchSource(Datasource):
@@ -128,7 +159,9 @@ def shares(first: int, last: int, *, start: int, num_workers: int, size: int) ->
             yield list(mine[i * len(mine) // rounds : (i + 1) * len(mine) // rounds])
 
 
-def micro_batches(reader: SampleReader, *, start: int, stop: int) -> Dataset:
+def micro_batches(
+    reader: SampleReader, *, start: int, stop: int, tower: StreamedTower | None = None
+) -> Dataset:
     """The micro-batches [start, stop) as a Ray dataset: a block each, or after `deal` several a block.
 
     A block is one row, so that nothing on the way cuts or joins it; `ToTorch` takes its rows out. With the
@@ -138,6 +171,7 @@ def micro_batches(reader: SampleReader, *, start: int, stop: int) -> Dataset:
         reader: what to read and how.
         start: first micro-batch: samples seen / micro-batch.
         stop: one past the last.
+        tower: actors that turn the images into features on the way.
     """
     ref = ray.put(reader)  # once, however many tasks there are
 
@@ -159,7 +193,18 @@ def micro_batches(reader: SampleReader, *, start: int, stop: int) -> Dataset:
     blocks = encoded.map_batches(
         decode, num_cpus=DECODE_CPUS, batch_size=None, batch_format="pyarrow", zero_copy_batch=True
     )
+    if tower is not None:
+        blocks = blocks.map_batches(
+            BlockEmbedder,
+            fn_constructor_args=(tower, reader.camera_names, reader.config.micro_batch),
+            batch_size=None,
+            zero_copy_batch=True,
+            compute=ActorPoolStrategy(size=tower.actors),
+            num_cpus=tower.cpus,
+            num_gpus=tower.gpus,
+        )
     blocks.context.target_max_block_size = 1  # any row is larger, so each becomes a block at once
+    blocks.context.custom_execution_callback_classes = [Unhurried]
     return blocks
 
 
@@ -199,12 +244,15 @@ class StreamFromCheckpoint:
     num_micro_batches: int
     """Of the whole run."""
     most_workers: int
+    tower: StreamedTower | None = None
+    """Actors that turn images into features on the way."""
 
     def __call__(self) -> Dataset:
         ray.get(self.board.begin.remote())
         start = position(self.storage).samples_seen // self.reader.config.micro_batch
         # One more for each worker, whose first one says where the stream starts: also when no step is left.
-        return micro_batches(self.reader, start=start, stop=self.num_micro_batches + self.most_workers)
+        stop = self.num_micro_batches + self.most_workers
+        return micro_batches(self.reader, start=start, stop=stop, tower=self.tower)
 
 
 def _one_row(table: pa.Table) -> pa.Table:

@@ -1,5 +1,6 @@
 """Arrays of the stream -> tensors that share their memory."""
 
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,9 @@ class ToTorch(NumpyBatchCollateFn):
 
     def __init__(self) -> None:
         self.busy_s = 0.0
+        self.rows_ready = 0
+        """Rows that were made tensors so far."""
+        self._counting = threading.Lock()  # Ray calls from several threads
 
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
         started = time.perf_counter()
@@ -26,7 +30,9 @@ class ToTorch(NumpyBatchCollateFn):
             tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
         # (..., h, w, 3) -> (..., 3, h, w)
         tensors = {name: t.movedim(-1, -3) if t.dim() > 3 else t for name, t in tensors.items()}
-        self.busy_s += time.perf_counter() - started
+        with self._counting:
+            self.busy_s += time.perf_counter() - started
+            self.rows_ready += len(next(iter(tensors.values())))
         return tensors
 
 

@@ -36,6 +36,7 @@ from pipelines.run_storage import START
 from pipelines.samples import SampleReader
 from pipelines.saver import Saver
 from pipelines.stream import DealtToWorkers, StreamFromCheckpoint
+from pipelines.tower import StreamedTower
 from pipelines.validation import Validation
 from pipelines.watch import IN_STEP, WAITING, Agreement, Watch
 
@@ -56,9 +57,16 @@ class Cluster:
 
 
 def fit(
-    run: Run, reader: SampleReader, cluster: Cluster, *, callbacks: list[UserCallback] | None = None
+    run: Run,
+    reader: SampleReader,
+    cluster: Cluster,
+    *,
+    tower: StreamedTower | None = None,
+    callbacks: list[UserCallback] | None = None,
 ) -> Result:
     """Train to the last step, from the newest good checkpoint in the run's folder.
+
+    With `tower`, actors of the stream run the frozen vision tower while the workers train.
 
     Raises:
         ray.train.TrainingFailedError: the workers failed more than `cluster.max_failures` times.
@@ -83,6 +91,7 @@ def fit(
         board=run.board,
         num_micro_batches=run.train.steps * run.train.micro_batches,
         most_workers=workers if isinstance(workers, int) else workers[1],
+        tower=tower,
     )
     trainer = TorchTrainer(
         functools.partial(train_worker, run),  # only the workers unpack it: the controller needs no model

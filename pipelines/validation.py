@@ -224,11 +224,12 @@ class Validation:
     def _shown(self, step: int, engine: "Engine") -> dict[str, float]:
         """Let the policy act on a few of the frames; returns the curves of its error."""
         config = engine.policy.config
-        h, d = config.chunk_size, config.action_dim
+        h, d, seed = config.chunk_size, config.action_dim, self._held_out.config.seed
 
         def acted(sources: Int64, batch: Batch, _: Int64) -> Tensor:
             shape = 1, h, config.max_action_dim
-            noise = [sample_noise(shape, g) for g in self._generators(PREDICTION_NOISE, sources, batch)]
+            drawn = frame_generators(PREDICTION_NOISE, seed=seed, sources=sources, batch=batch)
+            noise = [sample_noise(shape, generator) for generator in drawn]
             chunks = engine.predicted(ToTorch()(batch), noise=torch.cat(noise))
             columns = (chunks, batch["action"], ~batch["action_is_pad"], *(batch[name] for name in FRAME))
             return torch.cat([torch.as_tensor(c).double().reshape(len(c), -1) for c in columns], dim=1)
@@ -305,19 +306,26 @@ class Validation:
 
     def _losses(self, engine: "Engine", sources: Int64, batch: Batch) -> Tensor:
         """(b,) mean error of each row over its draws; the draws depend on the seed and the frame only."""
-        noise, times = [], []
-        shape = (DRAWS, batch["action"].shape[1], engine.policy.config.max_action_dim)
-        for generator in self._generators(VALIDATION_NOISE, sources, batch):
-            noise.append(sample_noise(shape, generator))
-            times.append(sample_time(DRAWS, generator))
+        seed, config = self._held_out.config.seed, engine.policy.config
+        noise, times = loss_draws(seed, sources, batch, action_dim=config.max_action_dim)
         tensors = ToTorch()(batch)
-        return engine.row_losses(tensors, noise=torch.cat(noise), time=torch.cat(times), draws=DRAWS)
+        return engine.row_losses(tensors, noise=noise, time=times, draws=DRAWS)
 
-    def _generators(self, purpose: int, sources: Int64, batch: Batch) -> Iterator[torch.Generator]:
-        """One for each row; its seed depends on the frame and the config only."""
-        for frame in zip(sources, *(batch[name] for name in FRAME), strict=True):
-            words = (purpose, self._held_out.config.seed, *map(int, frame))
-            yield torch.Generator().manual_seed(generator_seed(*words))
+
+def loss_draws(seed: int, sources: Int64, batch: Batch, *, action_dim: int) -> tuple[Tensor, Tensor]:
+    """Noise (b * DRAWS, H, A) and times (b * DRAWS,) that a batch's loss is measured with."""
+    noise, times = [], []
+    shape = (DRAWS, batch["action"].shape[1], action_dim)
+    for generator in frame_generators(VALIDATION_NOISE, seed=seed, sources=sources, batch=batch):
+        noise.append(sample_noise(shape, generator))
+        times.append(sample_time(DRAWS, generator))
+    return torch.cat(noise), torch.cat(times)
+
+
+def frame_generators(purpose: int, *, seed: int, sources: Int64, batch: Batch) -> Iterator[torch.Generator]:
+    """One for each row of a batch; its seed depends on the purpose, the seed and the frame only."""
+    for frame in zip(sources, *(batch[name] for name in FRAME), strict=True):
+        yield torch.Generator().manual_seed(generator_seed(purpose, seed, *map(int, frame)))
 
 
 def _taken(ahead: list[tuple[Int64, int, Any]]) -> tuple[Int64, int, tuple[Batch, Int64]]:

@@ -4,7 +4,7 @@ Without torch and transformers, for processes that only prepare data.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,10 @@ CAMERA_PREFIX = (
 FEATURE_TYPES = ("VISUAL", "STATE", "ACTION", "ENV", "LANGUAGE", "REWARD")
 NORMALIZATION_MODES = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")
 PADDING_MASK = "{}_padding_mask"
+IMAGE_FEATURES = "{}_features"
+"""What stands in a batch for a camera's images: their tokens, computed before (see image_features.py)."""
+FeatureDtype = Literal["float32", "bfloat16", "int8"]
+SCALE_BYTES = 4  # behind the int8 levels of a token
 
 # What an array is centred on and divided by, per mode: names of two statistics.
 STATISTICS = {

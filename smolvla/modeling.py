@@ -30,7 +30,8 @@ from .data_utils import (
     sample_time,
     sinusoidal_time,
 )
-from .features import ACTION, STATE
+from .features import ACTION, IMAGE_FEATURES, STATE
+from .image_features import FROZEN, frozen_tensors, unpacked
 from .lora import LoRA, merged
 from .normalization import has_statistics, without_buffers
 from .processing import IL_STUDIO, IL_STUDIO_IMAGE, TOKENS, TOKENS_MASK, SmolVLAProcessor
@@ -67,8 +68,9 @@ class VLAFlowMatching(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Images (B, 3, h, w) in [-1, 1] and language (B, L) -> tokens (B, P, D) and which are real (B, P).
 
-        The state token is not among them, and `prefix_length` appends nothing: padding is never a key, and
-        nobody reads what it would become.
+        In place of a camera's images may stand their features (B, tokens, D), see `image_features`. The state
+        token is not among the tokens, and `prefix_length` appends nothing: padding is never a key, and nobody
+        reads what it would become.
         """
         tokens, real = [], []
         always = torch.ones_like(lang_masks[:, :1], dtype=torch.bool)
@@ -79,7 +81,7 @@ class VLAFlowMatching(nn.Module):
         start, language = words.split((special.shape[1], lang_tokens.shape[1]), dim=1)
         end = start[:, :1]
         for features, mask in zip(self._embed_images(images), img_masks, strict=True):
-            tokens += [start, features, end]
+            tokens += [start, features.to(start.dtype), end]
             # Special tokens count as real even when their camera is masked, as in LeRobot.
             around = (always.expand(start.shape[:2]), always.expand(end.shape[:2]))
             real += [around[0], mask[:, None].expand(features.shape[:2]), around[1]]
@@ -88,11 +90,11 @@ class VLAFlowMatching(nn.Module):
         return torch.cat(tokens, dim=1), torch.cat(real, dim=1)
 
     def _embed_images(self, images: Sequence[Tensor]) -> Sequence[Tensor]:
-        """One pass of the tower over all cameras when their sizes agree."""
-        if len({image.shape for image in images}) == 1:
+        """One pass of the tower over all cameras when their sizes agree; none over features."""
+        if len({image.shape for image in images}) == 1 and images[0].ndim == 4:
             features = self.vlm_with_expert.embed_image(torch.cat(tuple(images))).chunk(len(images))
         else:
-            features = [self.vlm_with_expert.embed_image(image) for image in images]
+            features = [self.vlm_with_expert.embed_image(i) if i.ndim == 4 else i for i in images]
         return [feature * feature.shape[-1] ** 0.5 for feature in features]
 
     def embed_state(self, state: Tensor) -> Tensor:
@@ -327,11 +329,13 @@ class SmolVLAPolicy(nn.Module):
         """LeRobot-named columns -> keyword inputs of `forward`, on the policy's device.
 
         State and action are expected normalised. Images may be uint8, or float in [0, 1]; they are enlarged,
-        padded and scaled here. The caller's tensors stay as they are.
+        padded and scaled here. `<camera>_features` (packed or not, see image_features.py) stand for the
+        images of a frozen tower. The caller's tensors stay as they are.
 
         Returns:
-            images [N x (B, 3, h, w)], img_masks [N x (B,)], lang_tokens, lang_masks (B, L), state (B, S), and
-            if the batch has actions, actions (B, H, A) and is_pad (B, H) or None.
+            images [N x (B, 3, h, w), or features (B, tokens, D)], img_masks [N x (B,)], lang_tokens,
+            lang_masks (B, L), state (B, S), and if the batch has actions, actions (B, H, A) and is_pad (B, H)
+            or None.
 
         Raises:
             ValueError: a column is missing or has the wrong shape, or a float image leaves [0, 1].
@@ -361,10 +365,10 @@ class SmolVLAPolicy(nn.Module):
         # LeRobot declares these cameras by itself when a configuration asks for empty ones.
         empty = [EMPTY_CAMERA.format(i) for i in range(self.config.empty_cameras)]
         cameras += [name for name in empty if name not in cameras]
-        present = [name for name in cameras if name in batch]
+        present = [name for name in cameras if name in batch or IMAGE_FEATURES.format(name) in batch]
         if not present:
             raise ValueError(f"the batch has none of the cameras {cameras}; it has {sorted(batch)}")
-        images = [self._prepare_image(name, self._column(batch, name)) for name in present]
+        images = [self._prepare_camera(batch, name) for name in present]
         masks = [self._camera_mask(batch, name, image) for name, image in zip(present, images, strict=True)]
         for _ in range(min(len(cameras) - len(present), self.config.empty_cameras)):
             images.append(torch.full_like(images[0], -1))
@@ -372,6 +376,23 @@ class SmolVLAPolicy(nn.Module):
         if self.device.type != "cpu":
             self._float_images_checked = True
         return images, masks
+
+    def _prepare_camera(self, batch: Mapping[str, Any], name: str) -> Tensor:
+        """Images, or what was computed of them; that is taken where a batch has both."""
+        features = IMAGE_FEATURES.format(name)
+        if features in batch:
+            width = self.model.vlm_with_expert.vlm.config.text_config.hidden_size
+            return unpacked(features, self._column(batch, features), width=width)
+        return self._prepare_image(name, self._column(batch, name))
+
+    @torch.no_grad()
+    def image_features(self, name: str, image: Tensor) -> Tensor:
+        """Images of a camera (B, 3, h, w), as `prepare_inputs` takes them -> features (B, tokens, D).
+
+        They are what the vision tower and its connector give in training, before the prefix scales them;
+        a function of image, frozen weights and `resize_imgs_with_padding` alone.
+        """
+        return self.model.vlm_with_expert.embed_image(self._prepare_image(name, image))
 
     def _prepare_image(self, name: str, image: Tensor) -> Tensor:
         """Last moment of a camera (B, 3, h, w) -> fitted, padded and scaled to [-1, 1]."""
@@ -610,6 +631,24 @@ class SmolVLAPolicy(nn.Module):
         if compile:
             policy.compile_sampling()
         return policy
+
+    @classmethod
+    def tower_from_pretrained(cls, folder: str | Path, config: SmolVLAConfig, *, device: str) -> Self:
+        """A policy of which only `image_features` works: no other weights are read, nor take memory.
+
+        Raises:
+            ValueError: tensors are missing or misshapen; all of them are named.
+        """
+        tensors = dict(frozen_tensors(folder))
+        with torch.device("meta"):
+            policy = cls(config.changed(load_vlm_weights=False), allow_random_vlm=True)
+        frozen = {name: shape for name, shape in policy.shapes.items() if name.startswith(FROZEN)}
+        refuse_misfits(Path(folder), frozen, tensors)
+        policy.load_state_dict(tensors, strict=False, assign=True)
+        vlm = policy.model.vlm_with_expert.vlm.model
+        vlm.vision_model.to(device)
+        vlm.connector.to(device)
+        return policy.eval()
 
     def save_pretrained(
         self,

@@ -19,6 +19,8 @@ os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 # workers more often than every 2 s what they have to say.
 os.environ.setdefault("RAY_num_workers_soft_limit", "16")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# What is exported to Prometheus every 10 s else, and a small run may take less.
+os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
 
 
 def pytest_configure(config):

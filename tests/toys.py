@@ -37,6 +37,8 @@ class ToySource:
     scale: float = 1.0
     """Of state and action, so that statistics differ between toys."""
     tasks: tuple[str, ...] = TASKS
+    number: int = 1
+    """Of the toy, so that one can be appended to another."""
 
     def listing(self) -> Listing:
         features = {
@@ -60,7 +62,7 @@ class ToySource:
             features=features,
             tasks=self.tasks,
             units=units,
-            identity={"toy": 1},
+            identity={"toy": self.number},
             location="here",
         )
 
@@ -91,19 +93,20 @@ def frames(episode: int, length: int, tint: int, size: tuple[int, int] = (40, 56
         yield image
 
 
-def ingested(source: ToySource, folder: Path) -> Path:
-    """The toy as an episode dataset; needs Ray."""
+def ingested(source: ToySource, folder: Path, *, append: bool = False, **options: Any) -> Path:
+    """The toy as an episode dataset, or appended to one; needs Ray."""
     from pipelines.ingestion import ingest
     from pipelines.writer import WriterOptions
 
     ingest(
         source,
         str(folder),
-        options=WriterOptions(image_format="jpeg", jpeg_quality=95, resize=None),
+        options=WriterOptions(**{"image_format": "jpeg", "jpeg_quality": 95, **options}),
         max_refused=0.0,
         code_version=None,
         start_ray=lambda: None,
         on_progress=lambda progress: None,
+        append=append,
     )
     return folder
 

@@ -51,3 +51,37 @@ def test_a_flag_nobody_has_ends_the_job_with_one_line(capsys):
         parsed(Job, ["--tsk", "x"])
     assert caught.value.code == 2
     assert "unknown flag --tsk; did you mean --task?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--task", "s3://AKIA:hush@bucket/data?region=us-east-1"],
+        ["--maybe", "http://me:hush@mlflow:5000"],
+        ["--tasks", "s3://bucket/a", "s3://bucket/b?secret_key=hush"],
+        ["--rename", '{"a": "gs://hush@bucket"}'],
+        ["--group.text", "https://bucket.s3.amazonaws.com/x?X-Amz-Signature=hush"],
+    ],
+)
+def test_an_address_with_credentials_is_refused_without_repeating_them(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parsed(Job, words)
+    assert caught.value.code == 2
+    said = "".join(capsys.readouterr())
+    assert words[0].removeprefix("--") in said
+    assert "AWS_SECRET_ACCESS_KEY" in said
+    assert "hush" not in said
+
+
+def test_the_environments_tracking_server_is_looked_at_too(capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hush@mlflow:5000")
+    with pytest.raises(SystemExit):
+        parsed(Job, [])
+    said = "".join(capsys.readouterr())
+    assert "MLFLOW_TRACKING_URI http://...mlflow:5000" in said
+    assert "hush" not in said
+
+
+def test_addresses_without_credentials_are_taken():
+    uri = "s3://bucket/data?scheme=http&endpoint_override=10.0.0.1:9000&region=us-east-1"
+    assert parsed(Job, ["--task", uri, "--rename", '{"a@b": "c"}']).task == uri

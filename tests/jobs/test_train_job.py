@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from collections import defaultdict
 from pathlib import Path
 
 import draccus
@@ -24,13 +26,17 @@ from mlflow import MlflowClient
 from PIL import Image
 from ray.job_submission import JobStatus, JobSubmissionClient
 from test_ingest_s3 import SECRETS, bucket, server
+from toy_environment import GOAL_STEPS
 from toys import with_cut_image
 
-from jobs import command_line, reap_runs, register_policy, train_smolvla
+from infra.local.services import RAY_FILES
+from jobs import command_line, evaluate_smolvla, policies, reap_runs, train_smolvla
+from jobs.evaluate_smolvla import EvaluateSmolVLA, JudgedData, JudgedPolicy
 from jobs.tracking import TrackingOptions
 from jobs.train_smolvla import TrainJob
 from pipelines.dataset import filesystem_of
 from pipelines.files import exists, joined
+from pipelines.metrics import OF_POINTS, SPOOL
 from pipelines.run_storage import RunStorage
 from smolvla import SmolVLAPolicy
 
@@ -50,6 +56,8 @@ class Jobs:
         self.client = JobSubmissionClient(self.url)
         self.mlflow_uri, self.storage = services["mlflow"]["url"], storage
         self.mlflow = MlflowClient(self.mlflow_uri)
+        self.scraped = defaultdict(set)
+        """(metric of ours, run, rank) -> its values, as Prometheus would have got them."""
 
     def flags(self, name, dataset, **changes):
         flags = {
@@ -79,9 +87,20 @@ class Jobs:
         command = f"python jobs/train_smolvla.py {self.flags(name, dataset, **changes)}"
         return self.client.submit_job(entrypoint=command, runtime_env=environment)
 
-    def wait(self, job, timeout_s=500):
+    def scrape(self):
+        """Ask every node's exporter once, found as Prometheus finds them."""
+        for entry in json.loads((RAY_FILES / "prom_metrics_service_discovery.json").read_text()):
+            for target in entry["targets"]:
+                with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                    text = answer.read().decode()
+                for name, tags, value in re.findall(r"^ray_(smolvla_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+                    tag = dict(re.findall(r'(\w+)="([^"]*)"', tags))
+                    self.scraped[name, tag["run"], tag["rank"]].add(float(value))
+
+    def wait(self, job, timeout_s=500, meanwhile=lambda: None):
         deadline = time.monotonic() + timeout_s
         while not (status := self.client.get_job_status(job)).is_terminal():
+            meanwhile()
             assert time.monotonic() < deadline, self.client.get_job_logs(job)[-4000:]
             time.sleep(0.5)
         return status
@@ -144,7 +163,7 @@ def jobs(services, tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(jobs, episodes):
     job = jobs.submit("uninterrupted", episodes, record_rows="true")
-    status = jobs.wait(job)
+    status = jobs.wait(job, meanwhile=jobs.scrape)
     logs = jobs.client.get_job_logs(job)
     assert status == JobStatus.SUCCEEDED, logs[-4000:]
     return logs
@@ -217,6 +236,14 @@ def trained_rows(folder, *, step):
     return [list(row) for line in found for row in zip(*(line[name] for name in names), strict=True)]
 
 
+def test_prometheus_sees_the_run(uninterrupted, jobs):
+    of_points = {(exported.name, "uninterrupted", rank) for exported in OF_POINTS.values() for rank in "01"}
+    assert set(jobs.scraped) == {*of_points, (SPOOL.name, "uninterrupted", "driver")}
+    for key, exported in OF_POINTS.items():
+        told = jobs.curve("uninterrupted", metric=key).values()
+        assert jobs.scraped[exported.name, "uninterrupted", "0"] <= set(told), key
+
+
 def test_the_terminal_shows_the_config_the_link_and_the_progress(uninterrupted, jobs):
     run = jobs.run_of("uninterrupted")
     link = (
@@ -281,7 +308,7 @@ def test_a_job_is_stopped_then_its_driver_and_its_node_are_lost_and_the_run_goes
     newest = run.newest()
     assert newest is not None
     assert newest.name == f"step_{STEPS:09d}"
-    registered = register_policy.fetched(ended.data.tags["latest_checkpoint"], tmp_path / "registered")
+    registered = policies.verified(ended.data.tags["latest_checkpoint"], tmp_path / "registered")
     SmolVLAPolicy.from_pretrained(registered / "pretrained_model")
     models = jobs.mlflow.search_logged_models([ended.info.experiment_id], f"name = '{newest.name}'")
     assert run.address(newest.name) in {model.params["checkpoint_uri"] for model in models}
@@ -318,6 +345,58 @@ def test_a_complete_run_started_again_has_nothing_to_do(uninterrupted, jobs, epi
     train_smolvla.train(job, train_smolvla.prepare(job))
     assert f"complete at step {STEPS}" in capsys.readouterr().out
     assert jobs.run_of("uninterrupted").info.status == "FINISHED"
+
+
+@pytest.fixture(scope="module")
+def evaluated(uninterrupted, jobs, episodes):
+    """An evaluation of its last checkpoint, on what it held out and in a toy world."""
+    job = EvaluateSmolVLA(
+        policy=JudgedPolicy(path=str(jobs.storage / f"uninterrupted/step_{STEPS:09}")),
+        dataset=JudgedData(path=str(episodes)),
+        env="toy_environment:ToyEnvironment",
+        tasks=["wave", "open"],
+        episodes=3,
+        n_action_steps=[5],
+        num_environments=3,
+        size=40,
+        videos=1,
+        tracking=TrackingOptions(uri=jobs.mlflow_uri, experiment="tests"),
+    )
+    return evaluate_smolvla.judged(job, evaluate_smolvla.prepare(job))
+
+
+def test_an_evaluation_measures_the_loss_that_the_training_did_and_stands_below_it(evaluated, jobs):
+    training = jobs.run_of("uninterrupted")
+    assert evaluated["offline"]["loss"] == pytest.approx(training.data.metrics["val/loss"], rel=1e-5)
+    (run,) = jobs.mlflow.search_runs(
+        [training.info.experiment_id], f"tags.mlflow.parentRunId = '{training.info.run_id}'"
+    )
+    assert (run.info.status, run.data.tags["kind"]) == ("FINISHED", "evaluation")
+    assert run.data.tags["checkpoint_step"] == str(STEPS)
+    assert run.data.tags["dataset_fingerprint"] == training.data.tags["dataset_fingerprint"]
+    curve = jobs.mlflow.get_metric_history(training.info.run_id, "eval/success_rate/wave/n5")
+    assert [(point.step, point.value) for point in curve] == [
+        (STEPS, evaluated["closed_loop"]["success_rate"]["wave n5"])
+    ]
+
+
+def test_an_evaluation_keeps_every_episode_and_films(evaluated, jobs):
+    (run,) = jobs.mlflow.search_runs(
+        [jobs.run_of("uninterrupted").info.experiment_id], "tags.kind = 'evaluation'"
+    )
+    table = mlflow.artifacts.download_artifacts(
+        run_id=run.info.run_id, artifact_path="episodes.json", tracking_uri=jobs.mlflow_uri
+    )
+    found = json.loads(Path(table).read_text())
+    rows = [dict(zip(found["columns"], row, strict=True)) for row in found["data"]]
+    assert len(rows) == 6
+    for row in rows:
+        goal = row["seed"] % GOAL_STEPS + 12
+        assert (row["success"], row["actions"]) == (goal <= 20, min(goal, 20))
+    names = {entry.path for entry in jobs.mlflow.list_artifacts(run.info.run_id)}
+    assert {"episodes.json", "offline.json", "offline.txt", "success.txt", "plots", "videos"} <= names
+    films = jobs.mlflow.list_artifacts(run.info.run_id, "videos/wave/n_action_steps_5")
+    assert {Path(film.path).suffix for film in films} == {".mp4"}
 
 
 @pytest.fixture(scope="module")

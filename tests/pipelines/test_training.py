@@ -66,6 +66,13 @@ def test_every_step_has_one_loss_and_every_frame_of_the_epoch_is_seen_exactly_on
     assert_every_frame_once(uninterrupted)
 
 
+def test_micro_batches_that_lie_ready_are_counted(uninterrupted):
+    queued = [point["data/queued_micro_batches"] for point in points(uninterrupted)]
+    assert min(queued) >= 0
+    assert max(queued) > 0
+    assert queued[-1] <= 1, "the stream ends one micro-batch after the run"
+
+
 def test_transformers_trainer_gives_the_losses_of_the_ray_loop(uninterrupted, toy, tmp_path):
     """The same micro-batches and draws through `SmolVLATrainer`: one shared loss, optimiser and schedule."""
     reader, accumulation = toy[2], TRAIN.batch_size // TRAIN.micro_batch

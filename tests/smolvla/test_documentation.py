@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_example_of_the_page_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "model.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     script = tmp_path / "examples.py"
     script.write_text("\n".join(blocks))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}

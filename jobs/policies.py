@@ -1,0 +1,134 @@
+"""Policies by name: a folder, a checkpoint, a registered model; and what is known of their making."""
+
+import functools
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.checkpoint import PRETRAINED
+from pipelines.dataset import filesystem_of
+from pipelines.files import exists, joined, parted, read_json
+from pipelines.run_storage import STEPS, RunStorage
+
+REGISTERED = "models:/"
+RECORD = "run.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A policy, and where it comes from."""
+
+    path: str
+    """As it was given."""
+    checkpoint: str = ""
+    """Address of the checkpoint it is of, if it is of one."""
+    record: dict[str, Any] | None = None
+    """What the run of the checkpoint is: `identity`, `mlflow_run_id`."""
+    ema: bool = False
+    tracking_uri: str = ""
+    """Of the registry."""
+
+    @property
+    def step(self) -> int | None:
+        """Of the training."""
+        found = re.fullmatch(f"{STEPS}(\\d+)", parted(self.checkpoint)[1]) if self.checkpoint else None
+        return int(found[1]) if found else None
+
+    @property
+    def training_run_id(self) -> str | None:
+        """MLflow's id of the run that trained it."""
+        return self.record["mlflow_run_id"] if self.record else None
+
+    @property
+    def name(self) -> str:
+        """Short, for people."""
+        if not self.checkpoint:
+            return parted(self.path.rstrip("/"))[1]
+        run, step = parted(self.checkpoint)
+        return f"{parted(run)[1]} {step}"
+
+    def held_out(self, fingerprint: str) -> list[int] | None:
+        """The episodes of a dataset that its training held out; None if it was trained on others."""
+        identity = self.record["identity"] if self.record else {}
+        if identity.get("dataset_fingerprint") != fingerprint:
+            return None
+        episodes = (identity.get("validation") or {}).get("episodes") or [[]]
+        return list(episodes[0])
+
+    def fetch(self) -> Callable[[], Path]:
+        """Gives the policy's folder on the node where it is called."""
+        return functools.partial(
+            _fetched, self.checkpoint or self.path, ema=self.ema, tracking_uri=self.tracking_uri
+        )
+
+
+def found(path: str, *, ema: bool, tracking_uri: str) -> Policy:
+    """Find the policy of the flag `policy.path` and what is known of it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not path:
+        raise ValueError("policy.path is missing")
+    if path.startswith(REGISTERED):
+        if ema:
+            raise ValueError(f"policy.ema: {path} is registered and has one set of weights")
+        return Policy(path=path, tracking_uri=tracking_uri)
+    address = path.rstrip("/")
+    if "://" not in address:
+        address = str(Path(address).expanduser().absolute())
+    if not _has(address, WEIGHTS):
+        return _of_checkpoint(path, address, ema=ema)
+    parent, name = parted(address)
+    if name in (PRETRAINED, f"{PRETRAINED}_ema") and parted(parent)[1].startswith(STEPS):
+        return _of_checkpoint(path, parent, ema=name != PRETRAINED)
+    if ema:
+        raise ValueError(f"policy.ema: {path} is no checkpoint of a run, which may have averaged weights")
+    return Policy(path=address)
+
+
+def _of_checkpoint(path: str, address: str, *, ema: bool) -> Policy:
+    if not _has(address, f"{PRETRAINED}/{WEIGHTS}"):
+        raise ValueError(
+            f"policy.path {path}: neither a policy ({WEIGHTS}) nor a checkpoint ({PRETRAINED}/{WEIGHTS})"
+        )
+    if ema and not _has(address, f"{PRETRAINED}_ema/{WEIGHTS}"):
+        raise ValueError(f"policy.ema: {path} has no averaged weights")
+    record = filesystem_of(joined(parted(address)[0], RECORD))
+    known = read_json(*record) if exists(*record) else None
+    return Policy(path=path, checkpoint=address, record=known, ema=ema)
+
+
+def _has(address: str, name: str) -> bool:
+    return exists(*filesystem_of(joined(address, name)))
+
+
+def _fetched(address: str, *, ema: bool, tracking_uri: str) -> Path:
+    """The folder with config.json and the weights, on this node."""
+    if address.startswith(REGISTERED):
+        import mlflow  # seconds that folders do without
+
+        place = mlflow.artifacts.download_artifacts(address, tracking_uri=tracking_uri)
+        return Path(place) / "artifacts/policy"
+    if not parted(address)[1].startswith(STEPS):
+        return Path(address)
+    return verified(address) / (f"{PRETRAINED}_ema" if ema else PRETRAINED)
+
+
+def verified(checkpoint: str, work: Path | None = None) -> Path:
+    """A checkpoint's folder on this node, as its manifest says; one of a store is fetched into `work`.
+
+    Raises:
+        ValueError: it is not there, or not what its manifest says.
+    """
+    run, name = parted(checkpoint)
+    remote = "://" in checkpoint
+    folder = (work or Path(tempfile.mkdtemp(prefix="policy-"))) if remote else Path(run)
+    storage = RunStorage(folder=folder, uri=run if remote else "")
+    if reason := storage.problem(name):
+        raise ValueError(f"checkpoint {checkpoint}: {reason}")
+    return storage.folder / name
