@@ -1,6 +1,6 @@
 """What training from stored features saves: a step at the published size, and a whole job with its caching.
 
-python benchmarks/features.py [--quick] [--tiny] [--only step job]
+python benchmarks/features.py [--quick] [--tiny] [--only step job overlap]
 
 On the CPU, in one run. The last line is one JSON object:
 
@@ -13,6 +13,10 @@ bytes_per_sample    that a sample's features take, by dtype; jpeg_bytes_per_samp
 words_s             of embedding the instructions of a batch, which is what computing them once would save.
 job_ratio_3_epochs  wall clock of 3 epochs of training on Ray from images / of caching and the same from
                     features, configs/policy/tiny with its tower frozen; starting the workers counts in both.
+overlap_*           one epoch in which an actor of the stream, on half a CPU by Ray's account, runs the tower
+                    while a worker trains: share of the time that the worker waits, seconds of the tower a
+                    row, share of the time that the actor is busy, and the last loss beside that of the same
+                    steps from images.
 """
 
 import argparse
@@ -52,7 +56,9 @@ from pipelines.engine import TrainConfig  # noqa: E402
 from pipelines.features import seal  # noqa: E402
 from pipelines.images import encoded_image  # noqa: E402
 from pipelines.run import Run, trained_datasets  # noqa: E402
+from pipelines.run_storage import RunStorage  # noqa: E402
 from pipelines.samples import SampleReader, StreamConfig  # noqa: E402
+from pipelines.tower import StreamedTower  # noqa: E402
 from smolvla import SmolVLAConfig, SmolVLAPolicy  # noqa: E402
 from smolvla.features import FeatureDtype  # noqa: E402
 from smolvla.image_features import packed  # noqa: E402
@@ -61,6 +67,7 @@ BATCH, CAMERAS = 2, 2
 DTYPES: tuple[FeatureDtype, ...] = ("float32", "bfloat16", "int8")
 SIDE, EPISODE_FRAMES, EPISODES, EPOCHS = 256, 64, 12, 3
 JOB_BATCH, MICRO_BATCH = 32, 16
+EPOCH_STEPS = EPISODES * EPISODE_FRAMES // JOB_BATCH
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,13 +78,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="a toy size of the step, to try the script itself"
     )
-    parser.add_argument("--only", nargs="*", default=["step", "job"], help="parts")
+    parser.add_argument("--only", nargs="*", default=["step", "job", "overlap"], help="parts")
     flags = parser.parse_args(arguments)
     results: dict[str, Any] = {}
     if "step" in flags.only:
         results |= step(tiny=flags.tiny, repetitions=1 if flags.quick else 4)
-    if "job" in flags.only:
-        results |= job()
+    if {"job", "overlap"} & {*flags.only}:
+        results |= on_ray(flags.only)
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; no GPU measurement")
     for name, value in results.items():
         print(f"{name:24} {value}")
@@ -154,7 +161,7 @@ def _words_s(policy: SmolVLAPolicy, columns: Mapping[str, torch.Tensor]) -> floa
 
 @dataclass(frozen=True)
 class Silent:
-    """A `MetricWriter` that keeps nothing but the last loss, in a file."""
+    """A `MetricWriter` that keeps nothing but the last point, in a file."""
 
     path: Path
 
@@ -171,8 +178,8 @@ class Silent:
         pass
 
 
-def job() -> dict[str, Any]:
-    """Three epochs from images, and from features with their caching."""
+def on_ray(parts: Sequence[str]) -> dict[str, Any]:
+    """Runs on Ray, of the tiny policy with a frozen tower."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     os.environ |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # for all processes of this Ray
     cpus = max(psutil.cpu_count() or 2, 2)
@@ -187,7 +194,9 @@ def job() -> dict[str, Any]:
         )
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
         try:
-            return _job(folder, data, _policy(folder, data), cpus=cpus)
+            runs = Runs(folder, data, cpus=cpus)
+            found = runs.epochs() if "job" in parts else {}
+            return found | (runs.overlap() if "overlap" in parts else {})
         finally:
             ray.shutdown()
 
@@ -205,42 +214,76 @@ def _policy(folder: Path, data: Path) -> Path:
     return folder / "policy"
 
 
-def _job(folder: Path, data: Path, policy: Path, *, cpus: int) -> dict[str, Any]:
-    prepared = prepare(
-        CacheFeatures(dataset=CachedDataset(path=str(data)), policy=CachingPolicy(path=str(policy)))
-    )
-    opened = training_data.opened(DatasetOptions(path=str(data)), rename={})
-    reader = SampleReader(
-        training_data.sources(opened, prepared.config, features=[prepared.features]),
-        StreamConfig(micro_batch=MICRO_BATCH, mixing_rows=256),
-        chunk_size=prepared.config.chunk_size,
-        image_box=prepared.config.resize_imgs_with_padding,
-    )
-    # once without counting: Ray's processes start, and the pages of the libraries are read
-    _trained(folder / "warm", policy, reader.from_images, steps=2)
-    images_s, images_loss = _trained(folder / "images", policy, reader.from_images)
-    started = time.perf_counter()
-    caching.compute(
-        prepared.dataset,
-        prepared.features,
-        Tower(policy_path=str(policy), config=prepared.config, use_gpu=False),
-        range(len(prepared.dataset.files)),
-        file_digests(prepared.dataset),
-        actors=cpus,
-        cpus_per_actor=1,
-        batch_size=32,
-        on_progress=lambda progress: None,
-    )
-    seal(prepared.features, prepared.dataset, {})
-    caching_s = time.perf_counter() - started
-    features_s, features_loss = _trained(folder / "features", policy, reader)
-    return {
-        "job_ratio_3_epochs": round(images_s / (caching_s + features_s), 2),
-        "job_images_s": round(images_s, 1),
-        "job_caching_s": round(caching_s, 1),
-        "job_features_s": round(features_s, 1),
-        "job_last_losses": [images_loss, features_loss],
-    }
+class Runs:
+    """Runs of one policy on one dataset; the first, which does not count, starts Ray's processes."""
+
+    def __init__(self, folder: Path, data: Path, *, cpus: int) -> None:
+        self._folder, self._cpus, self._policy = folder, cpus, _policy(folder, data)
+        self._prepared = prepare(
+            CacheFeatures(dataset=CachedDataset(path=str(data)), policy=CachingPolicy(path=str(self._policy)))
+        )
+        config, opened = (
+            self._prepared.config,
+            training_data.opened(DatasetOptions(path=str(data)), rename={}),
+        )
+        self._reader = SampleReader(
+            training_data.sources(opened, config, features=[self._prepared.features]),
+            StreamConfig(micro_batch=MICRO_BATCH, mixing_rows=256),
+            chunk_size=config.chunk_size,
+            image_box=config.resize_imgs_with_padding,
+        )
+        self._from_images("warm", steps=2)
+
+    def _from_images(self, name: str, *, steps: int) -> tuple[float, dict[str, float]]:
+        return _trained(self._folder / name, self._policy, self._reader.from_images, steps=steps)
+
+    def epochs(self) -> dict[str, Any]:
+        """Three epochs from images, and from features with their caching."""
+        prepared, steps = self._prepared, EPOCHS * EPOCH_STEPS
+        images_s, images = self._from_images("images", steps=steps)
+        started = time.perf_counter()
+        caching.compute(
+            prepared.dataset,
+            prepared.features,
+            Tower(policy_path=str(self._policy), config=prepared.config, use_gpu=False),
+            range(len(prepared.dataset.files)),
+            file_digests(prepared.dataset),
+            actors=self._cpus,
+            cpus_per_actor=1,
+            batch_size=32,
+            on_progress=lambda progress: None,
+        )
+        seal(prepared.features, prepared.dataset, {})
+        caching_s = time.perf_counter() - started
+        features_s, features = _trained(self._folder / "features", self._policy, self._reader, steps=steps)
+        return {
+            "job_ratio_3_epochs": round(images_s / (caching_s + features_s), 2),
+            "job_images_s": round(images_s, 1),
+            "job_caching_s": round(caching_s, 1),
+            "job_features_s": round(features_s, 1),
+            "job_last_losses": [images["train/loss"], features["train/loss"]],
+        }
+
+    def overlap(self) -> dict[str, Any]:
+        """An epoch with the tower in the stream."""
+        _, images = self._from_images("one", steps=EPOCH_STEPS)
+        folder, reader = self._folder / "stream", self._reader.from_images
+        tower = StreamedTower(
+            storage=RunStorage(folder=folder),
+            dtype="float32",
+            precision="float32",
+            actors=1,
+            cpus=0.5,
+            gpus=0,
+        )
+        seconds, point = _trained(folder, self._policy, reader, steps=EPOCH_STEPS, tower=tower)
+        return {
+            "overlap_s": round(seconds, 1),
+            "overlap_wait_share": round(point["data/wait_share"], 3),
+            "overlap_tower_s_per_row": round(point["data/tower_s_per_row"], 4),
+            "overlap_tower_busy": round(point["data/samples_per_s"] * point["data/tower_s_per_row"], 3),
+            "overlap_last_losses": [images["train/loss"], point["train/loss"]],
+        }
 
 
 def _trained(
@@ -248,9 +291,10 @@ def _trained(
     policy: Path,
     reader: SampleReader,
     *,
-    steps: int = EPOCHS * EPISODES * EPISODE_FRAMES // JOB_BATCH,
-) -> tuple[float, float]:
-    """Seconds of a run, from nothing to its last checkpoint, and its last loss."""
+    steps: int,
+    tower: StreamedTower | None = None,
+) -> tuple[float, dict[str, float]]:
+    """Seconds of a run, from nothing to its last checkpoint, and its last point."""
     folder.mkdir()
     shutil.copytree(policy, folder / "start")
     train = TrainConfig(
@@ -271,11 +315,12 @@ def _trained(
         datasets=trained_datasets(reader),
         max_bad_rows=0,
         writer=Silent(folder / "point.json"),
+        tower=tower,
     )
     cluster = training.Cluster(num_workers=1, use_gpu=False, cpus_per_worker=1, max_failures=0)
     started = time.perf_counter()
     training.fit(run, replace(reader), cluster)
-    return time.perf_counter() - started, json.loads((folder / "point.json").read_text())["train/loss"]
+    return time.perf_counter() - started, json.loads((folder / "point.json").read_text())
 
 
 if __name__ == "__main__":

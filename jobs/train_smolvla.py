@@ -614,6 +614,7 @@ def fit(job: TrainJob, prepared: Prepared, writer: RunWriter, board: Any, *, at_
         writer=writer,
         keep=Retention(newest=job.checkpoint.keep, best=job.checkpoint.keep_best),
         validation=prepared.held_out,
+        tower=tower(job, prepared),
         board=board,
     )
     fewest, most = job.workers
@@ -630,7 +631,6 @@ def fit(job: TrainJob, prepared: Prepared, writer: RunWriter, board: Any, *, at_
             run,
             prepared.reader,
             cluster,
-            tower=tower(job, prepared),
             callbacks=[CheckpointsInMlflow(writer, prepared.storage)],
         )
     finally:

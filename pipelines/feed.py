@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pipelines.progress import BadRow
 from pipelines.run import Run
-from pipelines.samples import ROW_IDS
-from pipelines.stream import STAGE_SECONDS
+from pipelines.samples import ROW_IDS, STAGE_SECONDS
 from pipelines.tensors import ToTorch, unpacked
 
 
@@ -48,8 +47,8 @@ class Feed:
         self._run, self._num_workers, self.device = run, num_workers, device
         self.waited_s = 0.0
         self.rows_taken = 0
-        self.stage_s = torch.zeros(2)
-        """Seconds that tasks took to read and to decode these rows."""
+        self.stage_s = torch.zeros(3)
+        """Seconds that tasks took to read and to decode these rows, and actors to run the tower on them."""
         self._next = int(self._first["micro_batch"][0])
         self.samples_seen = (self._next - rank) * run.train.micro_batch
         self.rows: dict[int, list[dict[str, list[int]]]] = {}

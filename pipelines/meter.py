@@ -111,19 +111,24 @@ class Meter:
     def _data_stages(self, seconds: float, values: Mapping[str, float]) -> dict[str, float]:
         """What the stream's stages cost a row; rank 0 says which is the bottleneck if data was waited for."""
         feed = self._feed
-        read_s, decode_s = ((feed.stage_s - self._stage_s) / (feed.rows_taken - self._rows_taken)).tolist()
+        per_row = (feed.stage_s - self._stage_s) / (feed.rows_taken - self._rows_taken)
+        read_s, decode_s, tower_s = per_row.tolist()
+        tower = self._run.tower
         if self._rank == 0 and values["data/wait_share"] > WAIT_SHARE:
             flow = Flow(
                 wait_share=values["data/wait_share"],
                 rows_per_s=values["data/samples_per_s"],
                 read_s=read_s,
                 decode_s=decode_s,
+                tower_s=tower_s,
+                tower_actors=tower.actors if tower else 0,
                 unpack_share=(feed.unpacked_s - self._unpacked) / seconds,
                 cpus=self._decoding_cpus(),
             )
             if line := self._starvation.line(flow):
                 log.warning(line)
-        return {"data/read_s_per_row": read_s, "data/decode_s_per_row": decode_s}
+        found = {"data/read_s_per_row": read_s, "data/decode_s_per_row": decode_s}
+        return found | ({"data/tower_s_per_row": tower_s} if tower else {})
 
     def _found(self) -> Tensor:
         """(steps of the interval, 3): loss, gradient norm, skipped."""

@@ -10,6 +10,7 @@ from pipelines.predictions import Predictions
 from pipelines.retention import Retention
 from pipelines.run_storage import RunStorage
 from pipelines.samples import SampleReader
+from pipelines.tower import StreamedTower
 from pipelines.validation import HeldOut
 
 
@@ -81,6 +82,8 @@ class Run:
     """The checkpoints that stay."""
     validation: HeldOut | None = None
     """What is measured beside the training; its episodes are not trained on."""
+    tower: StreamedTower | None = None
+    """Actors of the stream that run the frozen vision tower while the workers train."""
     collective_timeout_s: float = 600.0
     """How long workers wait for each other before the step fails."""
     board: Any = None

@@ -33,6 +33,8 @@ Batch = dict[str, NDArray[Any]]
 READ_THREADS = 64  # files read at once: object stores take a tenth of a second to answer
 OPEN_FILES = 64  # Parquet footers a worker process keeps parsed; about 100 kB each
 ROW_IDS = ("micro_batch", "source", "epoch", "episode_index", "frame_index", "bad_cameras")
+STAGE_SECONDS = "stage_seconds"
+"""Of each row: (b, 3), seconds that it took to read it, to decode it, and in a tower of the stream."""
 TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
 
 

@@ -28,17 +28,28 @@ class Flow:
     """Part of the interval that the worker took to make tensors of what had arrived."""
     cpus: float
     """CPUs that decode: those of the cluster that training does not take."""
+    tower_s: float = 0.0
+    """Seconds a row that an actor took to run the vision tower."""
+    tower_actors: int = 0
+    """Those of the stream."""
 
 
 def bottleneck(flow: Flow) -> tuple[str, str]:
     """The slowest stage, and the numbers that say so."""
     decoding, reading = flow.rows_per_s * flow.decode_s, flow.rows_per_s * flow.read_s
+    tower = flow.rows_per_s * flow.tower_s
     numbers = (
         f"decoding takes {1e3 * flow.decode_s:.1f} ms a row and {decoding:.1f} of {flow.cpus:g} CPUs, "
         f"reading {1e3 * flow.read_s:.2f} ms a row and {reading:.0%} of the task that reads"
     )
+    if flow.tower_actors:
+        numbers += (
+            f", the tower {1e3 * flow.tower_s:.1f} ms a row and {tower:.1f} of {flow.tower_actors} actors"
+        )
     if flow.unpack_share > BUSY:
         return "unpacking in the worker", f"it takes {flow.unpack_share:.0%} of the time; {numbers}"
+    if flow.tower_actors and tower / flow.tower_actors > max(BUSY, decoding / flow.cpus, reading):
+        return "the tower", f"{numbers}; more dataset.tower_actors, or GPUs for them, make it faster"
     # No CPU left: each decoding task is then as fast as it gets.
     if decoding > BUSY * flow.cpus and decoding / flow.cpus >= reading:
         return "decoding", f"{numbers}; more CPUs, or images stored smaller, make it faster"

@@ -40,7 +40,7 @@ from ray.train import DataConfig
 
 from pipelines.progress import position
 from pipelines.run_storage import RunStorage
-from pipelines.samples import Batch, SampleReader
+from pipelines.samples import STAGE_SECONDS, Batch, SampleReader
 from pipelines.tower import BlockEmbedder, StreamedTower
 
 MOST_READ_TASKS = 256
@@ -58,7 +58,6 @@ NUM_WORKERS, BLOCK_BYTES = "smolvla.num_workers", "smolvla.block_bytes"
 """In the dataset's context, which travels with its tasks."""
 REST_S = 0.05
 """Half of what Ray waits by itself for a task."""
-STAGE_SECONDS = "stage_seconds"  # of each row: (b, 2), what a task took to read it and to decode it
 
 
 class Unhurried(ExecutionCallback):
@@ -181,7 +180,7 @@ def micro_batches(
         if not len(rows):
             return {"micro_batch": np.empty((1, 0), dtype=np.int64)}
         batch = local.decoded(rows)
-        seconds = [rows["read_s"][0].as_py(), (time.perf_counter() - started) / len(rows)]
+        seconds = [rows["read_s"][0].as_py(), (time.perf_counter() - started) / len(rows), 0.0]
         batch[STAGE_SECONDS] = np.tile(np.array(seconds, dtype=np.float32), (len(rows), 1))
         return {name: values[None] for name, values in batch.items()}
 

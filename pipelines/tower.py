@@ -3,6 +3,7 @@
 Importing this needs no torch, and building an actor's arguments needs no model.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.run_storage import START, RunStorage
+from pipelines.samples import STAGE_SECONDS
 from smolvla.features import IMAGE_FEATURES, FeatureDtype
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ class BlockEmbedder:
         """A block is one row: images (1, rows, [moments,] h, w, 3)."""
         if self._cameras[0] not in block:  # one of the empty blocks that start the processes
             return block
+        started = time.perf_counter()
         out = {name: values for name, values in block.items() if name not in self._cameras}
         for camera in self._cameras:
             images = block[camera][0]
@@ -92,4 +95,6 @@ class BlockEmbedder:
             parts = range(0, len(images), self._size)
             features = np.concatenate([self._embed(images[i : i + self._size]) for i in parts])
             out[IMAGE_FEATURES.format(camera)] = features[None]
+        seconds = out[STAGE_SECONDS] = block[STAGE_SECONDS].copy()
+        seconds[..., 2] = (time.perf_counter() - started) / seconds.shape[1]
         return out

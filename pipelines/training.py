@@ -36,7 +36,6 @@ from pipelines.run_storage import START
 from pipelines.samples import SampleReader
 from pipelines.saver import Saver
 from pipelines.stream import DealtToWorkers, StreamFromCheckpoint
-from pipelines.tower import StreamedTower
 from pipelines.validation import Validation
 from pipelines.watch import IN_STEP, WAITING, Agreement, Watch
 
@@ -61,12 +60,9 @@ def fit(
     reader: SampleReader,
     cluster: Cluster,
     *,
-    tower: StreamedTower | None = None,
     callbacks: list[UserCallback] | None = None,
 ) -> Result:
     """Train to the last step, from the newest good checkpoint in the run's folder.
-
-    With `tower`, actors of the stream run the frozen vision tower while the workers train.
 
     Raises:
         ray.train.TrainingFailedError: the workers failed more than `cluster.max_failures` times.
@@ -91,7 +87,7 @@ def fit(
         board=run.board,
         num_micro_batches=run.train.steps * run.train.micro_batches,
         most_workers=workers if isinstance(workers, int) else workers[1],
-        tower=tower,
+        tower=run.tower,
     )
     trainer = TorchTrainer(
         functools.partial(train_worker, run),  # only the workers unpack it: the controller needs no model
@@ -135,7 +131,8 @@ def train_worker(run: Run) -> None:
 def _train(run: Run, engine: Engine, feed: Feed, at: Progress, watch: Watch) -> None:
     """From where the policy stands to the last step, or to where the driver wants to stop."""
     saver = Saver(run, watch)
-    meter = Meter(run, rank=dist.get_rank(), feed=feed, at=at, decoding_cpus=_decoding_cpus)
+    decoding_cpus = functools.partial(_decoding_cpus, run)
+    meter = Meter(run, rank=dist.get_rank(), feed=feed, at=at, decoding_cpus=decoding_cpus)
     validation = Validation.of(
         run.validation, last_step=run.train.steps, folder=run.folder, show=run.writer.predictions
     )
@@ -162,10 +159,11 @@ def _train(run: Run, engine: Engine, feed: Feed, at: Progress, watch: Watch) -> 
     agreement.settled()
 
 
-def _decoding_cpus() -> float:
-    """CPUs of the cluster that the run's workers do not take."""
+def _decoding_cpus(run: Run) -> float:
+    """CPUs of the cluster that neither the run's workers nor its tower take."""
     mine = ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0)
-    return max(ray.cluster_resources().get("CPU", 0.0) - mine * dist.get_world_size(), 1.0)
+    taken = mine * dist.get_world_size() + (run.tower.actors * run.tower.cpus if run.tower else 0.0)
+    return max(ray.cluster_resources().get("CPU", 0.0) - taken, 1.0)
 
 
 def _progress(run: Run, step: int, meter: Meter, *, val_loss: float | None) -> Progress:

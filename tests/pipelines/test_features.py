@@ -135,6 +135,7 @@ def test_actors_of_the_stream_give_what_the_worker_would_compute(shards, policy_
             images.keys() - {TOP, WRIST} | {f"{TOP}_features", f"{WRIST}_features"}
         )
         assert torch.equal(batch["action"], images["action"])
+        assert (batch["stage_seconds"] > 0).all(), "reading, decoding and the tower say what they took"
         for camera in (TOP, WRIST):
             features = policy.image_features(camera, images[camera])
             torch.testing.assert_close(batch[f"{camera}_features"], features, rtol=1e-5, atol=1e-5)

@@ -18,6 +18,9 @@ SATURATED = Flow(wait_share=0.3, rows_per_s=1900, read_s=0.0004, decode_s=0.002,
         ({"rows_per_s": 200}, "transport"),
         ({"rows_per_s": 200, "unpack_share": 0.9}, "unpacking in the worker"),
         ({"read_s": 0.00052}, "reading"),
+        ({"rows_per_s": 95, "tower_s": 0.02, "tower_actors": 2}, "the tower"),
+        ({"rows_per_s": 50, "tower_s": 0.02, "tower_actors": 2}, "transport"),
+        ({"tower_s": 0.001, "tower_actors": 2}, "decoding"),
     ],
 )
 def test_the_bottleneck_is_the_stage_whose_capacity_is_used_up(change, stage):
