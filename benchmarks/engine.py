@@ -1,6 +1,6 @@
 """Seconds a step and memory a worker of DDP and FSDP at the published size: two gloo workers on the CPU.
 
-python benchmarks/engine.py [--quick] [--tiny]
+python benchmarks/engine.py [--quick] [--tiny] [--only <case> ...]
 
 float32, one thread a worker, new processes for every case. Nothing else should run: a worker waits for the
 other in every step. The last line is one JSON object:
@@ -8,7 +8,9 @@ other in every step. The last line is one JSON object:
 <case>_step_s    median seconds of an optimiser step, after one that is not counted.
 <case>_peak_gb   most memory (resident) of a worker in a step, of the worse of the two.
 <case>_start_gb  the same before the first step, when every worker builds the whole policy.
-Cases: single (one worker), ddp, fsdp, fsdp_checkpointing (activation checkpointing).
+<case>_lookup_ms median milliseconds of the instructions' embedding alone, which is a part of a step.
+Cases: single (one worker), ddp, fsdp, fsdp_checkpointing (activation checkpointing), fsdp_gathering_words
+(every pass gathers the word embedding, as where it trains).
 """
 
 import argparse
@@ -26,6 +28,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,9 +36,12 @@ sys.path.insert(0, str(ROOT))
 from published_policy import build_columns, build_policy  # noqa: E402
 
 from pipelines.engine import Engine, Parallel, TrainConfig  # noqa: E402
+from smolvla import SmolVLAPolicy  # noqa: E402
+from smolvla.processing import TOKENS  # noqa: E402
 
 NEEDED_GB = 10
 """For two workers that hold the whole policy, gradients and moments of the trained part, and activations."""
+LOOKUPS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,7 @@ class Case:
     num_workers: int
     parallel: Parallel
     activation_checkpointing: bool = False
+    words_known: bool = True
 
 
 CASES = {
@@ -52,6 +59,7 @@ CASES = {
     "ddp": Case(num_workers=2, parallel="ddp"),
     "fsdp": Case(num_workers=2, parallel="fsdp"),
     "fsdp_checkpointing": Case(num_workers=2, parallel="fsdp", activation_checkpointing=True),
+    "fsdp_gathering_words": Case(num_workers=2, parallel="fsdp", words_known=False),
 }
 
 
@@ -63,18 +71,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="a toy size, to try the script itself")
     parser.add_argument("--batch", type=int, default=1, help="samples of a worker in a step")
     parser.add_argument("--cameras", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases to run")
     flags = parser.parse_args(arguments)
     free_gb = psutil.virtual_memory().available / 1e9
     if not flags.tiny and free_gb < NEEDED_GB:
         raise SystemExit(f"{free_gb:.1f} GB of memory are free, two workers need {NEEDED_GB}")
     results: dict[str, float] = {}
-    for name, case in CASES.items():
+    for name in flags.only:
+        case = CASES[name]
         load = os.getloadavg()[0]
         found = measured(case, flags, steps=2 if flags.quick else 5)
         print(f"{name:20} {found}, load before {load:.1f}", flush=True)
         results |= {f"{name}_{key}": value for key, value in found.items()}
-    results["ddp_scaling"] = 2 * results["single_step_s"] / results["ddp_step_s"]
-    results["fsdp_scaling"] = 2 * results["single_step_s"] / results["fsdp_step_s"]
+    for parallel in ("ddp", "fsdp"):
+        if {"single", parallel} <= set(flags.only):
+            results[f"{parallel}_scaling"] = 2 * results["single_step_s"] / results[f"{parallel}_step_s"]
     print(json.dumps({name: round(value, 3) for name, value in results.items()}))
 
 
@@ -94,6 +105,7 @@ def measured(case: Case, flags: argparse.Namespace, *, steps: int) -> dict[str, 
         "step_s": max(statistics.median(one["steps_s"]) for one in found),
         "peak_gb": max(one["peak_gb"] for one in found),
         "start_gb": max(one["start_gb"] for one in found),
+        "lookup_ms": max(statistics.median(one["lookups_s"]) for one in found) * 1e3,
     }
 
 
@@ -110,7 +122,8 @@ def worker(
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=case.num_workers)
     policy = build_policy(num_cameras=cameras, tiny=tiny)
     columns = build_columns(policy, batch=batch)
-    engine = Engine(policy.train(), train_config(case, steps=steps, batch=batch))
+    words = columns[TOKENS].unique().numpy() if case.words_known else None
+    engine = Engine(policy.train(), train_config(case, steps=steps, batch=batch), words=words)
     start = peak_gb(forget=True)
     steps_s = []
     for step in range(1, steps + 2):
@@ -121,9 +134,22 @@ def worker(
         assert torch.isfinite(result.loss), result
         assert not result.skipped, result
     peak = peak_gb()
-    dist.barrier()
+    lookups_s = lookup_seconds(policy, columns[TOKENS])
     dist.destroy_process_group()
-    return {"steps_s": steps_s[1:], "peak_gb": peak, "start_gb": start}
+    return {"steps_s": steps_s[1:], "peak_gb": peak, "start_gb": start, "lookups_s": lookups_s}
+
+
+@torch.no_grad()
+def lookup_seconds(policy: SmolVLAPolicy, tokens: Tensor) -> list[float]:
+    """Of embedding a micro-batch's instructions, which all workers begin together."""
+    seconds = []
+    for _ in range(1 + LOOKUPS):
+        dist.barrier()
+        started = time.perf_counter()
+        policy.model.vlm_with_expert.embed_language_tokens(tokens)
+        seconds.append(time.perf_counter() - started)
+    dist.barrier()
+    return seconds[1:]
 
 
 def peak_gb(*, forget: bool = False) -> float:

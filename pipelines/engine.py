@@ -12,12 +12,15 @@ Shape letters: b micro-batch, W workers, m number of a micro-batch.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -33,8 +36,13 @@ from smolvla.optimization import adamw, clip_gradients, lr_factor
 if TYPE_CHECKING:
     from smolvla.modeling import SmolVLAPolicy
 
+LOG = logging.getLogger(__name__)
+
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 Draw = Callable[[int, tuple[int, ...]], tuple[Tensor, Tensor]]
+KEPT_WORDS_BYTES = 64_000_000
+"""Most that the embeddings of a run's words may take of each worker's memory: 16,000 words of the published
+width, a third of its whole vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +112,17 @@ class Engine:
         train: what is computed.
         draw: noise (R, H, A) and times (R,) for micro-batch m and that shape of noise; by default from a
             generator seeded by (seed, m).
+        words: ids of all tokens that the policy will be given, each once, where they are known.
     """
 
-    def __init__(self, policy: "SmolVLAPolicy", train: TrainConfig, *, draw: Draw | None = None) -> None:
+    def __init__(
+        self,
+        policy: "SmolVLAPolicy",
+        train: TrainConfig,
+        *,
+        draw: Draw | None = None,
+        words: NDArray[np.int64] | None = None,
+    ) -> None:
         self.policy, self.train, self.device = policy, train, policy.device
         self._draw = draw or self._seeded_draw
         self.num_workers = dist.get_world_size()
@@ -116,7 +132,7 @@ class Engine:
         if train.activation_checkpointing:
             policy.gradient_checkpointing_enable()
         if self.sharded:
-            self._shard()
+            self._shard(words)
         if train.compile:
             policy.compile_layers()
         # FSDP2 computes in bfloat16 by itself; here autocast does.
@@ -131,7 +147,7 @@ class Engine:
         """Whether the workers must run the policy together."""
         return self.train.parallel != "ddp"
 
-    def _shard(self) -> None:
+    def _shard(self, words: NDArray[np.int64] | None) -> None:
         settings: dict[str, Any] = {}
         if self.train.precision == "bfloat16":
             settings["mp_policy"] = MixedPrecisionPolicy(
@@ -142,7 +158,27 @@ class Engine:
             groups = self.num_workers // self.train.shard_workers
             shape, names = (groups, self.train.shard_workers), ("replicate", "shard")
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        self.policy.shard(mesh=mesh, **settings)
+        self.policy.shard(mesh=mesh, words=self._kept(words), **settings)
+
+    def _kept(self, words: NDArray[np.int64] | None) -> Tensor | None:
+        """The words whose embeddings every worker keeps, so that no pass gathers the whole embedding.
+
+        None where that embedding trains, or where so many are needed that keeping them is dearer.
+        """
+        embedding = self.policy.word_embedding
+        if words is None or embedding.requires_grad:
+            return None
+        size = len(words) * embedding.shape[1] * embedding.element_size()
+        if size > KEPT_WORDS_BYTES:
+            LOG.warning(
+                "%d different tokens in the tasks: their embeddings take %.0f MB, above %.0f MB, so every "
+                "pass gathers the whole embedding",
+                len(words),
+                size / 1e6,
+                KEPT_WORDS_BYTES / 1e6,
+            )
+            return None
+        return torch.from_numpy(words).to(self.device)
 
     def step(
         self, step: int, micro_batches: Iterable[tuple[int, dict[str, Tensor]]], *, count: int

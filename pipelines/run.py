@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipelines.engine import TrainConfig
 from pipelines.predictions import Predictions
 from pipelines.retention import Retention
@@ -84,6 +87,8 @@ class Run:
     """What is measured beside the training; its episodes are not trained on."""
     tower: StreamedTower | None = None
     """Actors of the stream that run the frozen vision tower while the workers train."""
+    words: NDArray[np.int64] | None = None
+    """Ids of all tokens that the policy will see, each once; `fit` finds them."""
     collective_timeout_s: float = 600.0
     """How long workers wait for each other before the step fails."""
     board: Any = None

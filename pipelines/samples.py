@@ -148,6 +148,11 @@ class SampleReader:
         return list(dict.fromkeys(name for source in self.sources for name in source.camera_columns))
 
     @property
+    def words(self) -> NDArray[np.int64]:
+        """Every token id that a row may have, once: those of all tasks, and 0 behind shorter ones."""
+        return np.unique(np.concatenate([[0], *(source.tokens.reshape(-1) for source in self.sources)]))
+
+    @property
     def from_features(self) -> bool:
         """Whether rows have features instead of images; of their own moment, which the policy looks at."""
         return self.sources[0].features is not None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.train
 import ray.train.torch
 import torch
@@ -73,7 +74,9 @@ def fit(
     health_timeout_s = run.collective_timeout_s + NAMED_WITHIN_S
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(health_timeout_s)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
-    run = replace(run, board=run.board or start_board())
+    readers = [reader] if run.validation is None else [reader, run.validation.reader]
+    words = np.unique(np.concatenate([one.words for one in readers]))
+    run = replace(run, board=run.board or start_board(), words=words)
     filesystem, root = run.storage.place()
     # Ray's list of the checkpoints that it registered. Nothing here reads it, and Ray refuses to start when a
     # folder that it names is gone.
@@ -203,7 +206,7 @@ def _restored(run: Run, samples_seen: int, device: torch.device) -> tuple[Engine
     # Retention will delete the checkpoint: what is read later must come from start/, as the VLM's files do.
     policy = SmolVLAPolicy.from_pretrained(source, SmolVLAConfig.from_pretrained(start))
     policy.processor = SmolVLAProcessor.from_pretrained(source, policy.config)
-    engine = Engine(policy.to(device).train(), run.train)
+    engine = Engine(policy.to(device).train(), run.train, words=run.words)
     at = Progress(step=0, samples_seen=0)
     if step:
         at = checkpoint.load(folder, policy, engine.optimizer, engine.average)

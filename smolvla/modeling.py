@@ -264,22 +264,33 @@ class SmolVLAPolicy(nn.Module):
     def device(self) -> torch.device:
         return self.model.action_in_proj.weight.device
 
-    def shard(self, **settings: Any) -> None:
+    @property
+    def word_embedding(self) -> nn.Parameter:
+        """(vocabulary, D)."""
+        return self.model.vlm_with_expert.vlm.model.text_model.embed_tokens.weight
+
+    def shard(self, *, words: Tensor | None = None, **settings: Any) -> None:
         """Shard in place with FSDP2: word embedding, vision layers and joint layers are units.
 
         The joint layers' parameters must be kept from the root by hand: they are also reachable under the VLM
         and the expert, where LeRobot's names come from, and FSDP2 would try to shard them a second time.
 
         Args:
+            words: ids of all tokens that the policy will be given. Every worker keeps their embeddings, which
+                must be frozen, and the whole embedding is gathered no more. None: every pass gathers it.
             settings: keywords of `torch.distributed.fsdp.fully_shard`, such as mesh and mp_policy.
         """
+        if words is not None:
+            special = words.new_tensor(self.model.image_special_tokens)
+            dtype = settings["mp_policy"].param_dtype if "mp_policy" in settings else None
+            self.model.vlm_with_expert.keep_words(torch.cat((words, special)).unique(), dtype)
         if "mp_policy" in settings:  # the model converts what it multiplies; times and targets stay float32
             settings["mp_policy"] = replace(settings["mp_policy"], cast_forward_inputs=False)
         # Left to itself the root stays gathered after sampling, which has no backward pass to free it.
         settings.setdefault("reshard_after_forward", True)
         vlm = self.model.vlm_with_expert.vlm
         never_run = (vlm.lm_head, *vlm.model.text_model.layers[len(self.joint_layers) :])  # so never gathered
-        embedding = vlm.model.text_model.embed_tokens  # 190 MB that are gathered for one lookup
+        embedding = vlm.model.text_model.embed_tokens  # 190 MB that would be gathered for one lookup
         for unit in (embedding, *vlm.model.vision_model.encoder.layers, *self.joint_layers, *never_run):
             fully_shard(unit, **settings)
         in_layers = {parameter for layer in self.joint_layers for parameter in layer.parameters()}

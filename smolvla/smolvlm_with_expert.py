@@ -288,8 +288,14 @@ class SmolVLMWithExpertModel(nn.Module):
         source: folder or hub id of the VLM: its configuration, and with `load_vlm_weights` its weights.
     """
 
+    place_of_word: Tensor | None
+    kept_words: Tensor | None
+
     def __init__(self, config: SmolVLAConfig, source: str) -> None:
         super().__init__()
+        # See `keep_words`; no part of a checkpoint.
+        self.register_buffer("place_of_word", None, persistent=False)
+        self.register_buffer("kept_words", None, persistent=False)
         self.freeze_vision_encoder = config.freeze_vision_encoder
         self.train_expert_only = config.train_expert_only
         vlm_config = smolvlm_config(source, num_layers=config.num_vlm_layers)
@@ -366,7 +372,22 @@ class SmolVLMWithExpertModel(nn.Module):
 
     def embed_language_tokens(self, tokens: Tensor) -> Tensor:
         """Token ids (B, L) -> (B, L, D), not scaled."""
-        return self.vlm.model.text_model.embed_tokens(tokens)
+        if self.kept_words is None or self.place_of_word is None:
+            return self.vlm.model.text_model.embed_tokens(tokens)
+        return F.embedding(self.place_of_word[tokens], self.kept_words)
+
+    def keep_words(self, words: Tensor, dtype: torch.dtype | None) -> None:
+        """Look tokens up among the embeddings of these `words` (ids, each once) from now on.
+
+        Args:
+            words: every id that will be asked for; another one has no place, and its lookup fails.
+            dtype: that the lookups give; None: the embedding's own.
+        """
+        embedding = self.vlm.model.text_model.embed_tokens
+        assert not embedding.weight.requires_grad, "an embedding that trains cannot be looked up beforehand"
+        place = torch.full((embedding.num_embeddings,), len(words), device=words.device)
+        place[words] = torch.arange(len(words), device=words.device)
+        self.place_of_word, self.kept_words = place, embedding.weight.detach()[words].to(dtype)
 
     def forward(self, prefix: Tensor, real: Tensor, state: Tensor, suffix: Tensor) -> Tensor:
         """The suffix (R, H, E) after all layers and the expert's final norm.

@@ -1,17 +1,23 @@
 """One step of training: replicated, sharded or sharded in groups, any number of workers: the same numbers."""
 
+import hashlib
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from runs import one_process
 from safetensors.torch import load_file
 from toys import golden_rows, spawned
 
+from pipelines import engine as engine_module
 from pipelines.engine import Engine, TrainConfig
+from smolvla.lora import LoRA
+from smolvla.processing import TOKENS
 
 GOLDEN = Path(__file__).parents[1] / "golden/default"
 TRAJECTORY = json.loads((GOLDEN / "trajectory.json").read_text())
@@ -41,6 +47,14 @@ CASES = {  # workers, how they hold the policy, whether step 3 is poisoned
     "four hsdp": (4, {"parallel": "hsdp", "shard_workers": 2}, False),
     "three ddp, one of which takes two of eight": (3, {}, True),
     "three fsdp, one of which takes two of eight": (3, SHARDED, True),
+}
+KEPT_WORDS = {  # workers, how they train
+    "words, float32": (2, {"parallel": "fsdp", "repeated_noise": 2, "ema_decay": 0.9}),
+    "words, bfloat16": (2, {"parallel": "fsdp", "precision": "bfloat16", "ema_decay": 0.9}),
+    "words, groups and adapters": (
+        4,
+        {"parallel": "hsdp", "shard_workers": 2, "lora": LoRA(rank=2, alpha=2.0), "ema_decay": 0.9},
+    ),
 }
 POISONED_STEP = 3
 
@@ -109,16 +123,63 @@ def curve(engine, rows, *, poisoned=None):
     return found, sorted({int(state["step"]) for state in engine.optimizer.state.values()})
 
 
+def with_and_without_kept_words(train):
+    """What comes of training, measuring and acting: each pass gathers the word embedding, then none does."""
+    found = []
+    for kept in (False, True):
+        policy, rows = golden_rows(train.micro_batch)
+        lookups = []
+        engine = Engine(policy, train, words=golden_words(rows) if kept else None)
+        policy.model.vlm_with_expert.vlm.model.text_model.embed_tokens.register_forward_hook(
+            lambda *_, lookups=lookups: lookups.append(1)
+        )
+        steps, _ = curve(engine, rows)
+        config = policy.config
+        noise = torch.randn(
+            2, config.chunk_size, config.max_action_dim, generator=torch.Generator().manual_seed(1)
+        )
+        with engine.evaluating():
+            chunk = engine.predicted(rows(1), noise=noise)
+            losses = engine.row_losses(rows(1), noise=noise, time=torch.tensor([0.3, 0.8]), draws=1)
+        assert engine.average is not None
+        found.append(
+            {
+                "steps": steps,
+                "acted": [chunk.tolist(), losses.tolist()],
+                "weights": {name: digest(tensor) for name, tensor in policy.state_dict().items()},
+                "average": {name: digest(tensor) for name, tensor in engine.average.weights.items()},
+                "lookups": len(lookups),
+            }
+        )
+    return found
+
+
+def golden_words(rows):
+    return np.unique([rows(m)[TOKENS].numpy() for m in range(2)])  # of all three samples
+
+
+def digest(sharded):
+    return hashlib.sha256(sharded.full_tensor().detach().numpy().tobytes()).hexdigest()
+
+
 def on_workers(rank, meeting, folder):
     """Every case in turn, in the first so many of the processes: starting them takes longest."""
     torch.set_num_threads(1)
-    for number, (name, (workers, settings, poisoned)) in enumerate(CASES.items()):
+    asked = [
+        (name, workers, poisoned_curve if poisoned else golden_curve, settings)
+        for name, (workers, settings, poisoned) in CASES.items()
+    ]
+    asked += [
+        (name, workers, with_and_without_kept_words, settings)
+        for name, (workers, settings) in KEPT_WORDS.items()
+    ]
+    for number, (name, workers, compute, settings) in enumerate(asked):
         if rank >= workers:
             continue
         dist.init_process_group("gloo", init_method=f"{meeting}_{number}", rank=rank, world_size=workers)
         try:
-            draw, train = (poisoned_curve, TRAIN) if poisoned else (golden_curve, GOLDEN_TRAIN)
-            found = draw(replace(train, **settings))
+            train = GOLDEN_TRAIN if compute is golden_curve else TRAIN
+            found = compute(replace(train, **settings))
         finally:
             dist.destroy_process_group()
         if rank == 0:
@@ -157,7 +218,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_not_counted_by_adamw(a
 def several_workers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("curves")
     spawned(on_workers, folder, processes=4)
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in CASES}
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in (*CASES, *KEPT_WORDS)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -169,3 +230,43 @@ def test_several_workers_draw_the_curve_of_one_and_skip_the_same_step(alone, sev
         assert mine[2] == theirs[2], f"step {step}"
         if not theirs[2]:
             assert mine == pytest.approx(theirs, rel=1e-5), f"step {step}"
+
+
+@pytest.mark.parametrize("case", KEPT_WORDS)
+def test_words_that_are_looked_up_beforehand_change_no_bit_and_the_embedding_is_gathered_no_more(
+    several_workers, case
+):
+    gathered, kept = several_workers[case]
+    assert gathered.pop("lookups") > 0
+    assert kept.pop("lookups") == 0
+    assert kept == gathered
+
+
+def test_words_are_gathered_where_their_embedding_trains_or_too_many_are_needed(monkeypatch, caplog):
+    policy, rows = golden_rows(2)
+    words = golden_words(rows)
+    trains, _ = golden_rows(2)
+    trains.word_embedding.requires_grad_(requires_grad=True)
+    limit = len(words) * policy.word_embedding.shape[1] * 4
+    with one_process():
+        for taken, most, kept in (
+            (trains, limit, False),
+            (policy, limit - 1, False),
+            (golden_rows(2)[0], limit, True),
+        ):
+            monkeypatch.setattr(engine_module, "KEPT_WORDS_BYTES", most)
+            engine = Engine(taken, replace(TRAIN, parallel="fsdp"), words=words)
+            assert (engine.policy.model.vlm_with_expert.kept_words is not None) == kept
+    assert caplog.text.count(f"{len(words)} different tokens in the tasks") == 1
+
+
+def test_a_token_that_was_not_foreseen_is_an_error_and_not_another_word():
+    policy, rows = golden_rows(2)
+    tokens = rows(0)[TOKENS]
+    words = tokens.unique()
+    policy.model.vlm_with_expert.keep_words(words, None)
+    expected = policy.word_embedding[tokens]
+    assert torch.equal(policy.model.vlm_with_expert.embed_language_tokens(tokens), expected)
+    unknown = next(i for i in range(len(policy.word_embedding)) if i not in words.tolist())
+    with pytest.raises(IndexError):
+        policy.model.vlm_with_expert.embed_language_tokens(torch.tensor([[unknown]]))

@@ -68,6 +68,7 @@ def test_a_row_of_a_mixture_is_the_row_that_its_dataset_alone_gives(mixture, epi
     ]
     assert {source for source, _, _ in rows} == {0, 1}
     for (source, episode, frame), row in rows.items():
+        assert np.isin(row["observation.language.tokens"], reader.words).all()
         expected = alone[source][0, episode, frame]
         for name in ("observation.state", "action", "action_is_pad"):
             np.testing.assert_array_equal(row[name], expected[name], err_msg=name)

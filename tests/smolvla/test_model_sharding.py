@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from parity import Golden, gradient_error, gradients, relative_error
+from parity import (
+    Golden,
+    config,
+    gradient_error,
+    gradients,
+    random_batch,
+    random_draw,
+    random_policy,
+    relative_error,
+)
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,6 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from smolvla import SmolVLAPolicy
 from smolvla.optimization import adamw
+from smolvla.processing import TOKENS
 
 
 @pytest.fixture
@@ -70,3 +80,12 @@ def test_bfloat16_shards_stay_near_float32(mesh):
     loss.backward()
     assert loss.dtype == torch.float32
     assert relative_error(loss, golden.expected("loss")) < 2e-2  # bfloat16 keeps 8 bits
+
+
+def test_kept_words_include_the_tokens_around_images(mesh):
+    settings = config(add_image_special_tokens=True)
+    batch, draw = random_batch(settings), random_draw(settings)
+    whole, sharded = random_policy(settings), random_policy(settings)
+    sharded.shard(mesh=mesh, words=batch[TOKENS].unique())
+    losses = [policy(**policy.prepare_inputs(batch), **draw)["loss"] for policy in (whole, sharded)]
+    assert torch.equal(*losses)
