@@ -521,14 +521,15 @@ class SmolVLAPolicy(nn.Module):
         batch: Mapping[str, Any],
         noise: Tensor | None = None,
         *,
-        inference_delay: int = 0,
-        prev_chunk_left_over: Tensor | None = None,
-        execution_horizon: int | None = None,
+        inference_delay: int | Sequence[int] = 0,
+        prev_chunk_left_over: Tensor | Sequence[Tensor] | None = None,
+        execution_horizon: int | Sequence[int | None] | None = None,
     ) -> Tensor:
         """Normalised actions (B, H, action_dim) for observations in LeRobot's columns, normalised too.
 
         With `prev_chunk_left_over` (B, up to H, action_dim), what an earlier call returned and the robot has
-        not executed yet, the chunk continues it: see `real_time_chunking` for that and the other two.
+        not executed yet, the chunk continues it: see `real_time_chunking` for that and the other two. Each of
+        the three may be a sequence with one entry a row.
         """
         inputs = self.prepare_inputs({name: column for name, column in batch.items() if name != ACTION})
         if noise is None:
@@ -536,9 +537,9 @@ class SmolVLAPolicy(nn.Module):
             noise = sample_noise(shape, device=self.device)
         guidance = None
         if prev_chunk_left_over is not None:
-            left_over = prev_chunk_left_over.to(self.device)
+            rows = [row.to(self.device) for row in prev_chunk_left_over]
             guidance = Guidance.of(
-                decode_aloha_actions(left_over) if self.config.adapt_to_pi_aloha else left_over,
+                [decode_aloha_actions(row) for row in rows] if self.config.adapt_to_pi_aloha else rows,
                 self.config.rtc_config,
                 inference_delay=inference_delay,
                 execution_horizon=execution_horizon,
@@ -554,9 +555,9 @@ class SmolVLAPolicy(nn.Module):
         obs: Mapping[str, Any],
         noise: Tensor | None = None,
         *,
-        inference_delay: int = 0,
-        prev_chunk_left_over: Tensor | None = None,
-        execution_horizon: int | None = None,
+        inference_delay: int | Sequence[int] = 0,
+        prev_chunk_left_over: Tensor | Sequence[Tensor] | None = None,
+        execution_horizon: int | Sequence[int | None] | None = None,
     ) -> Tensor:
         """Actions (B, H, action_dim) in the dataset's units for raw observations of B environments.
 
@@ -565,7 +566,9 @@ class SmolVLAPolicy(nn.Module):
         """
         processor = self.processor
         if prev_chunk_left_over is not None:
-            prev_chunk_left_over = processor.normalizer.normalize(ACTION, prev_chunk_left_over)
+            prev_chunk_left_over = [
+                processor.normalizer.normalize(ACTION, row) for row in prev_chunk_left_over
+            ]
         actions = self.predict_action_chunk(
             processor.observations(obs),
             noise,

@@ -7,13 +7,14 @@ Shape letters: B batch, H chunk, A padded action width.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 SCHEDULES = ("ZEROS", "ONES", "LINEAR", "EXP")
 # LeRobot's RTCConfig: its defaults, and switches that change no number here.
@@ -26,11 +27,12 @@ class Guidance:
     """Pulls a chunk towards the left-over of the previous one."""
 
     left_over: Tensor
-    """Unexecuted normalised actions (B, up to H, up to A) of the previous chunk, the next one first."""
-    inference_delay: int
-    """Steps that will have been executed when the new chunk is there: they are held fast."""
-    execution_horizon: int
-    """Steps from which on the new chunk is free."""
+    """Unexecuted normalised actions (B, up to H, up to A) of the previous chunk, the next one first; zeros
+    behind those of a row that has fewer."""
+    inference_delay: Tensor
+    """Steps (B,) that will have been executed when the new chunk is there: they are held fast."""
+    execution_horizon: Tensor
+    """Steps (B,) from which on the new chunk is free."""
     schedule: str
     """How the pull falls off between the two: one of ZEROS, ONES, LINEAR, EXP."""
     max_guidance_weight: float
@@ -38,13 +40,15 @@ class Guidance:
     @classmethod
     def of(
         cls,
-        left_over: Tensor,
+        left_over: Tensor | Sequence[Tensor],
         settings: Mapping[str, Any] | None,
         *,
-        inference_delay: int,
-        execution_horizon: int | None = None,
+        inference_delay: int | Sequence[int],
+        execution_horizon: int | Sequence[int | None] | None = None,
     ) -> "Guidance":
         """Guidance by a configuration's `rtc_config`; a horizon given here replaces its own.
+
+        Robots that are answered together each have their own: B left-overs (steps, width), delays, horizons.
 
         Raises:
             ValueError: names the setting and its value.
@@ -52,24 +56,30 @@ class Guidance:
         values = DEFAULTS | {k: v for k, v in (settings or {}).items() if k not in IGNORED}
         if set(values) != set(DEFAULTS):
             raise ValueError(f"rtc_config has unknown fields {sorted(set(values) - set(DEFAULTS))}")
-        horizon = values["execution_horizon"] if execution_horizon is None else execution_horizon
+        rows = list(left_over)
+        if not rows or any(row.ndim != 2 for row in rows):
+            shape = (
+                tuple(left_over.shape) if isinstance(left_over, Tensor) else [tuple(r.shape) for r in rows]
+            )
+            raise ValueError(f"the left-over has shape {shape}; it must be (B, steps, width)")
+        delays = _of_rows("inference_delay", inference_delay, len(rows))
+        horizons = [
+            values["execution_horizon"] if horizon is None else horizon
+            for horizon in _of_rows("execution_horizon", execution_horizon, len(rows))
+        ]
         schedule = str(values["prefix_attention_schedule"]).upper()
         if schedule not in SCHEDULES:
             raise ValueError(f"prefix_attention_schedule is {schedule!r}; it must be one of {SCHEDULES}")
         if not values["max_guidance_weight"] > 0:
             raise ValueError(f"max_guidance_weight is {values['max_guidance_weight']}; it must be positive")
-        if inference_delay < 0 or horizon < 0:
-            raise ValueError(
-                f"inference_delay {inference_delay} and execution_horizon {horizon} must be 0 or more"
-            )
-        if left_over.ndim != 3:
-            raise ValueError(
-                f"the left-over has shape {tuple(left_over.shape)}; it must be (B, steps, width)"
-            )
+        for delay, horizon in zip(delays, horizons, strict=True):
+            if delay < 0 or horizon < 0:
+                raise ValueError(f"inference_delay {delay} and execution_horizon {horizon} must be 0 or more")
+        known = [min(horizon, len(row)) for horizon, row in zip(horizons, rows, strict=True)]
         return cls(
-            left_over=left_over,
-            inference_delay=inference_delay,
-            execution_horizon=min(horizon, left_over.shape[1]),  # nothing is known after it
+            left_over=pad_sequence(rows, batch_first=True),
+            inference_delay=torch.tensor(delays),
+            execution_horizon=torch.tensor(known),  # nothing is known after a left-over
             schedule=schedule,
             max_guidance_weight=values["max_guidance_weight"],
         )
@@ -88,20 +98,35 @@ class Guidance:
             )
         target = F.pad(self.left_over.to(x_t), missing)
         weights = prefix_weights(
-            self.schedule, start=self.inference_delay, end=self.execution_horizon, total=steps
+            self.schedule,
+            start=self.inference_delay[:, None],
+            end=self.execution_horizon[:, None],
+            total=steps,
         )
         with torch.enable_grad():
             x_t = x_t.detach().requires_grad_()
             v_t = denoise(x_t)
             actions = x_t - time * v_t
-            error = (target - actions).detach() * weights.to(x_t)[:, None]
+            error = (target - actions).detach() * weights.to(x_t)[..., None]
             (correction,) = torch.autograd.grad(actions, x_t, error)
         return v_t.detach() - guidance_weight(time, self.max_guidance_weight) * correction
 
 
-def prefix_weights(schedule: str, *, start: int, end: int, total: int) -> Tensor:
-    """Pull (total,) on every step: 1 before `start`, falling towards `end`, 0 from there on."""
-    start = min(start, end)
+def _of_rows(name: str, given: Any, rows: int) -> list[Any]:
+    """One value for each row; a single one is everybody's."""
+    values = list(given) if isinstance(given, Sequence) else [given] * rows
+    if len(values) != rows:
+        raise ValueError(f"{name} has {len(values)} values; the left-over has {rows} rows")
+    return values
+
+
+def prefix_weights(schedule: str, *, start: int | Tensor, end: int | Tensor, total: int) -> Tensor:
+    """Pull (..., total) on every step: 1 before `start`, falling towards `end`, 0 from there on.
+
+    `start` and `end` are numbers, or (..., 1) for many left-overs.
+    """
+    end = torch.as_tensor(end)
+    start = torch.minimum(torch.as_tensor(start), end)
     steps = torch.arange(total, dtype=torch.float32)
     if schedule == "ZEROS":
         return (steps < start).float()

@@ -178,6 +178,30 @@ def test_a_guided_chunk_continues_the_one_before(policy):
     torch.testing.assert_close(unguided, free)
 
 
+def test_rows_of_a_batch_are_guided_each_by_its_own_left_over_delay_and_horizon(policy):
+    obs = observation()
+    before = policy.predict_actions(obs, NOISE)
+    left_overs, delays, horizons = [before[0, 2:], before[1, 4:]], [2, 0], [None, 3]
+    together = policy.predict_actions(
+        obs,
+        NOISE.flip(0),
+        prev_chunk_left_over=left_overs,
+        inference_delay=delays,
+        execution_horizon=horizons,
+    )
+    for row in range(2):
+        alone = policy.predict_actions(
+            {name: value[row : row + 1] for name, value in obs.items()},
+            NOISE.flip(0)[row : row + 1],
+            prev_chunk_left_over=left_overs[row][None],
+            inference_delay=delays[row],
+            execution_horizon=horizons[row],
+        )
+        assert relative_error(together[row], alone[0]) < 1e-5
+    with pytest.raises(ValueError, match="inference_delay has 1 values; the left-over has 2 rows"):
+        policy.predict_actions(obs, prev_chunk_left_over=left_overs, inference_delay=[1])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
