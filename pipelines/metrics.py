@@ -28,6 +28,14 @@ OF_POINTS = {
 """By name of the value in a run's points; every worker exports its own."""
 SPOOL = Exported("smolvla_spool_bytes", "What the tracking server does not have yet of a run's points")
 EXPORTED = (*OF_POINTS.values(), SPOOL)
+SERVED_SECONDS = Exported(
+    "smolvla_served_seconds", "Seconds from a robot's request to its answer, in the server"
+)
+SERVED_BATCH = Exported("smolvla_served_batch_size", "Robots that a forward pass answered together")
+SERVED_SESSIONS = Exported("smolvla_served_sessions", "Robots whose last chunk is kept")
+SERVED = (SERVED_SECONDS, SERVED_BATCH, SERVED_SESSIONS)
+"""Of a served policy, with the tag policy; the seconds also by transport and status, and `_count` of them is
+the number of requests. Ray Serve's own are beside them."""
 
 
 class PointGauges:
