@@ -76,7 +76,7 @@ screenshots: install
 # takes newer versions.
 LOCK := infra/docker/requirements.txt
 lock: install
-	$(PY) -m uv pip compile pyproject.toml --extra sim --extra cluster --generate-hashes --only-binary :all: \
+	$(PY) -m uv pip compile pyproject.toml --extra train --extra serve --extra sim --extra cluster --generate-hashes --only-binary :all: \
 		--python-version 3.11 --python-platform x86_64-manylinux_2_28 --system-certs --no-header --quiet \
 		$(UPGRADE) --output-file $(LOCK)
 

@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 from infra.checks import ROOT
 
 LOCK = ROOT / "infra/docker/requirements.txt"
-EXTRAS = ("sim", "cluster")
+EXTRAS = ("train", "serve", "sim", "cluster")
 ENTRY = re.compile(r"^(?P<name>[a-z0-9.-]+)(\[[a-z,-]+\])?==(?P<version>\S+)")
 
 

@@ -275,6 +275,31 @@ def test_jpegs_are_smaller_and_nearly_the_same(served):
     np.testing.assert_allclose(actions, served.expected(observed, 1)[0], atol=0.2)
 
 
+def test_the_loop_of_the_documentation_goes_on_from_chunk_to_chunk(served):
+    """With LeRobot's way to name things, as the page has it."""
+    page = (ROOT / "docs/serving.md").read_text()
+    known = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1:]:
+        exec(block, known)
+    executed = []
+
+    class Arm:
+        def get_observation(self):
+            seen = {f"joint_{i}.pos": 0.1 * i for i in range(7)}
+            return seen | {"top": np.zeros((60, 80, 3), np.uint8), "wrist": np.zeros((60, 80, 3), np.uint8)}
+
+        def send_action(self, action):
+            executed.append(action)
+
+    names = [f"joint_{i}.pos" for i in range(7)]
+    with served.robot() as policy:
+        metadata = policy.metadata() | {"state": {"names": names}, "action": {"names": names}}
+        robot = known["LeRobotRobot"](Arm(), metadata, "wave")
+        known["drive"](robot, policy, replan_after=4, actions=25, period_s=0.02)
+    assert len(executed) == 25
+    assert all(list(action) == names and np.isfinite(list(action.values())).all() for action in executed)
+
+
 # ---- refusals ---------------------------------------------------------------------------------------------
 
 
