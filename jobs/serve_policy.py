@@ -268,9 +268,9 @@ def main(job: ServePolicy) -> None:
     command_line.start_ray()
     with command_line.refusals():
         check_cluster(job)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, end)  # before it starts: what Serve runs would stay without its driver
         serving.start(prepared.serving, prepared.policy.fetch(), prepared.signature)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
     told: dict[str, Any] = {"url": prepared.serving.url} | prepared.signature.as_message()
     print(json.dumps(told), flush=True)
     ended.wait()

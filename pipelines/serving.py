@@ -98,6 +98,18 @@ def digest_of(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
+# Both stand before the gateway: Serve pickles its routes, with the names they use, where it decorates it.
+def too_large(size: int, most: int) -> RefusedError:
+    """The refusal of a body."""
+    return RefusedError(f"the body has {size} bytes or more; at most {most} are taken", status=TOO_LARGE)
+
+
+def response(message: Mapping[str, Any], kind: str, status: int = 200) -> Response:
+    """A message as HTTP has it."""
+    headers = {"WWW-Authenticate": "Bearer"} if status == UNAUTHORISED else None
+    return Response(encoded(message, kind), status_code=status, media_type=kind, headers=headers)
+
+
 @serve.deployment
 @serve.ingress(app)
 class Gateway:
@@ -278,17 +290,6 @@ class Gateway:
         tags = {"transport": transport, "status": str(status)}
         self._seconds.observe(time.perf_counter() - started, tags=tags)
         self._open.set(len(self._sessions))
-
-
-def too_large(size: int, most: int) -> RefusedError:
-    """The refusal of a body."""
-    return RefusedError(f"the body has {size} bytes or more; at most {most} are taken", status=TOO_LARGE)
-
-
-def response(message: Mapping[str, Any], kind: str, status: int = 200) -> Response:
-    """A message as HTTP has it."""
-    headers = {"WWW-Authenticate": "Bearer"} if status == UNAUTHORISED else None
-    return Response(encoded(message, kind), status_code=status, media_type=kind, headers=headers)
 
 
 # ---- starting and ending it -------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ class RobotClient:
             except InvalidStatus as error:
                 if error.response.status_code == AWAY:
                     raise
-                raise _refusal(error.response.body or b"", error.response.status_code) from None
+                raise _refusal(bytes(error.response.body or b""), error.response.status_code) from None
         return self._socket
 
     def _sent(self, name: str, value: Any) -> Any:

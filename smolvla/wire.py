@@ -59,7 +59,8 @@ def content_type_of(header: str | None) -> str:
 def encoded(message: Mapping[str, Any], content_type: str) -> bytes:
     """A message's bytes; arrays, numpy's numbers and bytes may stand anywhere in it."""
     if content_type == MSGPACK:
-        return msgpack.packb(message, default=_packed)
+        packed: Any = msgpack.packb(message, default=_packed)
+        return packed
     return json.dumps(message, default=_listed, allow_nan=False).encode()
 
 

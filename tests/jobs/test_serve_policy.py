@@ -137,7 +137,7 @@ def found_session(served):
     return posted(served, {"observation": observation(0), "session": "soon forgotten"})
 
 
-def posted(served, message, *, kind=MSGPACK, body=None, token=TOKEN, content_type=None):
+def posted(served, message, *, kind=MSGPACK, body=None, token: str | None = TOKEN, content_type=None):
     """(status, answer) of a POST."""
     body = encoded(message, kind) if body is None else body
     headers = {"Content-Type": content_type or kind} | ({"Authorization": f"Bearer {token}"} if token else {})
