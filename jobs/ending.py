@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from pipelines.board import Wish
 
 LAST_POINTS_S = 1.5  # in which the writer, which ships every second, delivers the last ones of a stopped job
 LOOK_EVERY_S = 0.2
+ORPHAN_WAITS_S = 2.0  # `ray job stop` signals parent and child; a second signal ends the child at once
+FAREWELL_S = 15.0  # for telling MLflow
 
 
 @contextlib.contextmanager
@@ -69,6 +72,22 @@ def noticed(farewell: Callable[[threading.Event], None]) -> Iterator[Callable[[]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_with_input() -> None:
+    """End this process as by SIGTERM when its standard input is closed, which the end of its parent does.
+
+    However the parent ends: nothing else survives a SIGKILL.
+    """
+    threading.Thread(target=_until_input_ends, daemon=True).start()
+
+
+def _until_input_ends() -> None:
+    sys.stdin.buffer.read()
+    time.sleep(ORPHAN_WAITS_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(FAREWELL_S)
+    os._exit(128 + signal.SIGTERM)
 
 
 class _Stopping:

@@ -11,14 +11,16 @@ The same flags with as many environments give the same episodes. The last line i
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import ray
+import ray.exceptions
 
 from jobs import command_line, policies, tracking, training_data
+from jobs.ending import end_with_input
 from jobs.evaluation_run import Recorder, offline_table, success_table, tracked
 from jobs.policies import Policy
 from jobs.tracking import TrackingOptions
@@ -26,7 +28,15 @@ from jobs.training_data import Entry, TrainingData, readable
 from pipelines import offline
 from pipelines.dataset import EpisodeDataset, open_dataset
 from pipelines.environments import check_tasks, environment_class, groups_of
-from pipelines.rollouts import CPUS_PER_ENVIRONMENT, Played, Rollouts, Theatre, group_rates, successes
+from pipelines.rollouts import (
+    CPUS_PER_ENVIRONMENT,
+    Played,
+    Rollouts,
+    Success,
+    Theatre,
+    of_groups,
+    successes,
+)
 from pipelines.samples import SampleReader, StreamConfig
 from pipelines.validation import HeldOut, ValidationConfig
 from smolvla.configuration import SmolVLAConfig
@@ -41,6 +51,8 @@ class JudgedPolicy:
     """A checkpoint of a run (step_*), a folder with config.json and weights, or models:/name@alias."""
     ema: bool = False
     """Whether a checkpoint's averaged weights are taken."""
+    checkpoint: str = ""
+    """The checkpoint that is held in `path`; a training gives it, whose checkpoints may go meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +103,10 @@ class EvaluateSmolVLA:
     cpus_per_policy: float = 1.0
     actors: int = 1
     """Policies that share the recorded frames."""
+    resource: str = ""
+    """Name of a resource of Ray's (`ray start --resources`) that the nodes of all actors must have."""
+    ends_with_input: bool = False
+    """Whether to end when standard input is closed: who started this process holds it open."""
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
     def __post_init__(self) -> None:
@@ -125,7 +141,7 @@ def prepare(job: EvaluateSmolVLA) -> Prepared:
     Raises:
         ValueError: names the flag and the value.
     """
-    policy = policies.found(job.policy.path, ema=job.policy.ema, tracking_uri=job.tracking.uri)
+    policy = _policy(job)
     folder = policy.fetch()()
     config = SmolVLAConfig.from_pretrained(folder)
     processor = SmolVLAProcessor.from_pretrained(folder, config)
@@ -133,17 +149,33 @@ def prepare(job: EvaluateSmolVLA) -> Prepared:
     return Prepared(policy, held_out, _rollouts(job, config) if job.env else None)
 
 
-def _rollouts(job: EvaluateSmolVLA, config: SmolVLAConfig) -> Rollouts:
+def _policy(job: EvaluateSmolVLA) -> Policy:
+    if job.policy.checkpoint:
+        return policies.held(job.policy.path, checkpoint=job.policy.checkpoint, ema=job.policy.ema)
+    return policies.found(job.policy.path, ema=job.policy.ema, tracking_uri=job.tracking.uri)
+
+
+def check_rollouts(job: EvaluateSmolVLA, config: SmolVLAConfig) -> tuple[int, ...]:
+    """The numbers of steps that are played.
+
+    Raises:
+        ValueError: names the flag of what the environment or the policy does not have.
+    """
     check_tasks(environment_class(job.env), tuple(job.tasks))
-    sizes = {
-        feature["shape"][-1] for feature in config.input_features.values() if feature["type"] == "VISUAL"
-    }
     steps = tuple(job.n_action_steps) or (config.n_action_steps,)
     for count in steps:
         if not 1 <= count <= config.chunk_size:
             raise ValueError(
                 f"n_action_steps {count} is not within 1..{config.chunk_size}, the policy's chunk"
             )
+    return steps
+
+
+def _rollouts(job: EvaluateSmolVLA, config: SmolVLAConfig) -> Rollouts:
+    steps = check_rollouts(job, config)
+    sizes = {
+        feature["shape"][-1] for feature in config.input_features.values() if feature["type"] == "VISUAL"
+    }
     return Rollouts(
         env=job.env,
         tasks=tuple(job.tasks),
@@ -162,12 +194,7 @@ def _held_out(
 ) -> HeldOut:
     """The frames as the policy was trained to see them."""
     dataset = open_dataset(readable(job.dataset.path, flag="dataset.path"))
-    rename = {name: to for name, to in processor.files.rename.items() if name in dataset.camera_names}
-    cameras = {rename.get(name, name) for name in dataset.camera_names}
-    if missing := sorted(set(config.camera_names) - cameras):
-        raise ValueError(
-            f"dataset.path {job.dataset.path}: the policy sees {missing}, the dataset has {sorted(cameras)}"
-        )
+    rename = check_cameras(dataset, config, processor.files.rename, path=job.dataset.path)
     entry = Entry(
         path=job.dataset.path, name=dataset.uri, rename=rename, flag="dataset", rename_flag="rename"
     )
@@ -184,6 +211,21 @@ def _held_out(
     )
     settings = ValidationConfig(every=1, max_frames=job.dataset.frames, seed=_validation_seed(policy))
     return HeldOut(reader=reader, config=settings)
+
+
+def check_cameras(
+    dataset: EpisodeDataset, config: SmolVLAConfig, rename: Mapping[str, str], *, path: str
+) -> dict[str, str]:
+    """What of a policy's mapping of cameras is a dataset's.
+
+    Raises:
+        ValueError: the dataset lacks a camera.
+    """
+    known = {name: to for name, to in rename.items() if name in dataset.camera_names}
+    cameras = {known.get(name, name) for name in dataset.camera_names}
+    if missing := sorted(set(config.camera_names) - cameras):
+        raise ValueError(f"dataset.path {path}: the policy sees {missing}, the dataset has {sorted(cameras)}")
+    return known
 
 
 def _validation_seed(policy: Policy) -> int:
@@ -222,6 +264,7 @@ def evaluate(job: EvaluateSmolVLA, prepared: Prepared, recorder: Recorder) -> di
             actors=job.actors,
             num_gpus=num_gpus,
             cpus=job.cpus_per_policy,
+            resource=job.resource,
             on_progress=_Lines("frames"),
         )
         found = offline.reports(prepared.held_out, answers)
@@ -240,17 +283,25 @@ def evaluate(job: EvaluateSmolVLA, prepared: Prepared, recorder: Recorder) -> di
 def _play(
     job: EvaluateSmolVLA, prepared: Prepared, rollouts: Rollouts, recorder: Recorder, *, num_gpus: float
 ) -> dict[str, Any]:
-    groups = groups_of(environment_class(rollouts.env))
-    theatre = Theatre(rollouts, prepared.policy.fetch(), num_gpus=num_gpus, cpus=job.cpus_per_policy)
+    theatre = Theatre(
+        rollouts,
+        prepared.policy.fetch(),
+        num_gpus=num_gpus,
+        cpus=job.cpus_per_policy,
+        resource=job.resource,
+    )
+    progress, played = _Lines("episodes"), []
     try:
-        progress, played = _Lines("episodes"), []
-        for one in theatre.play():
-            played.append(one)
-            progress(len(played), len(rollouts.plays))
-        rows = successes(played)
-        rates, latency = group_rates(rows, groups), latencies(theatre.latencies_s)
-        print(success_table(rows, rates, latency), flush=True)
-        recorder.played(played, rows, rates, latency)
+        try:
+            for one in theatre.play():
+                played.append(one)
+                progress(len(played), len(rollouts.plays))
+        except ray.exceptions.RayError:
+            if played:  # a world or the policy fell; what had ended is kept, and is no point of a curve
+                print(f"{len(played)} of {len(rollouts.plays)} episodes had ended", flush=True)
+                _told(played, job, theatre.latencies_s, recorder, complete=False)
+            raise
+        rows, groups, latency = _told(played, job, theatre.latencies_s, recorder, complete=True)
         chosen = filmed(played, each=job.videos)
         for one, content in theatre.films(chosen, fps=getattr(environment_class(job.env), "FPS", 40)):
             recorder.film(one, content)
@@ -258,9 +309,25 @@ def _play(
         theatre.close()
     return {
         "success_rate": {f"{row.task} n{row.n_action_steps}": row.rate for row in rows},
-        "groups": {f"{group} n{steps}": rate for (group, steps), rate in rates.items()},
+        "groups": {f"{row.task} n{row.n_action_steps}": row.rate for row in groups},
         "latency_ms": latency,
     }
+
+
+def _told(
+    played: Sequence[Played],
+    job: EvaluateSmolVLA,
+    latencies_s: Sequence[tuple[int, float]],
+    recorder: Recorder,
+    *,
+    complete: bool,
+) -> tuple[list[Success], list[Success], dict[str, float]]:
+    """Print and record how often was solved what; returns it by task and by group, and the milliseconds."""
+    rows, latency = successes(played), latencies(latencies_s)
+    groups = of_groups(rows, groups_of(environment_class(job.env)))
+    print(success_table(rows, groups, latency), flush=True)
+    recorder.played(played, rows, groups, latency, complete=complete)
+    return rows, groups, latency
 
 
 def filmed(played: Sequence[Played], *, each: int) -> list[Played]:
@@ -301,23 +368,30 @@ class _Lines:
         print(f"{self._what} {done}/{total}, {left:.0f} s left", flush=True)
 
 
-def check_cluster(job: EvaluateSmolVLA, prepared: Prepared) -> None:
+def check_cluster(job: EvaluateSmolVLA) -> None:
     """Refuse what the cluster can never give; Ray would wait for it in silence.
 
     Raises:
         ValueError: names the flags, what they need and what there is.
     """
-    have = ray.cluster_resources()
-    if job.use_gpu and have.get("GPU", 0) < 1:
+    have, need = ray.cluster_resources(), needs(job)
+    if have.get("GPU", 0) < need["GPU"]:
         raise ValueError("use_gpu: the cluster has no GPU")
-    if prepared.rollouts is None:
-        return
-    need = prepared.rollouts.stages * CPUS_PER_ENVIRONMENT + job.cpus_per_policy
-    if have.get("CPU", 0) < need:
+    if have.get("CPU", 0) < need["CPU"]:
         raise ValueError(
             f"num_environments {job.num_environments} at {CPUS_PER_ENVIRONMENT} CPUs each and "
-            f"cpus_per_policy {job.cpus_per_policy} need {need} CPUs, the cluster has {have.get('CPU', 0)}"
+            f"cpus_per_policy {job.cpus_per_policy} need {need['CPU']:g} CPUs, the cluster has "
+            f"{have.get('CPU', 0):g}"
         )
+
+
+def needs(job: EvaluateSmolVLA) -> dict[str, float]:
+    """CPUs and GPUs that an evaluation holds at once."""
+    stages = min(job.num_environments, len(job.tasks) * job.episodes * max(len(job.n_action_steps), 1))
+    return {
+        "CPU": job.cpus_per_policy + (stages * CPUS_PER_ENVIRONMENT if job.env else 0),
+        "GPU": float(job.use_gpu),
+    }
 
 
 def params(job: EvaluateSmolVLA, prepared: Prepared) -> dict[str, Any]:
@@ -349,13 +423,15 @@ def judged(job: EvaluateSmolVLA, prepared: Prepared) -> dict[str, Any]:
 
 def main(job: EvaluateSmolVLA) -> None:
     """Check, start, evaluate, report."""
+    if job.ends_with_input:
+        end_with_input()
     job = replace(job, tracking=job.tracking.completed())
     with command_line.refusals():
         tracking.check_reachable(job.tracking.uri)
         prepared = prepare(job)
     command_line.start_ray()
     with command_line.refusals():
-        check_cluster(job, prepared)
+        check_cluster(job)
     print(json.dumps(judged(job, prepared)), flush=True)
 
 

@@ -22,23 +22,19 @@ from pipelines.offline import Answers, Report
 from pipelines.rollouts import Played, Success
 from pipelines.validation import HeldOut, slug
 
-Rates = Mapping[tuple[str, int], float]
-"""(group of tasks, n_action_steps) -> success rate."""
 
-
-def success_table(rows: Sequence[Success], rates: Rates, latency: Mapping[str, float]) -> str:
-    """Success rates with their 95 % intervals, as text."""
+def success_table(rows: Sequence[Success], groups: Sequence[Success], latency: Mapping[str, float]) -> str:
+    """Success rates of tasks and groups of tasks with their 95 % intervals, as text."""
     lines = [
         f"{'task':32} {'steps':>5}  {'solved':>9}  {'rate':>6}  {'95 % interval':>15}  actions until solved"
     ]
-    for row in rows:
+    for row in (*rows, *groups):
         low, high = row.interval
         until = "-" if math.isnan(row.steps) else f"{row.steps:.0f}"
         lines.append(
             f"{row.task:32} {row.n_action_steps:5}  {row.successes:4}/{row.episodes:<4}  {row.rate:6.1%}  "
             f"{low:6.1%} - {high:6.1%}  {until}"
         )
-    lines += [f"{group:32} {steps:5}  {'':9}  {rate:6.1%}" for (group, steps), rate in rates.items()]
     lines.append(
         f"a chunk takes {latency['p50']:.0f} ms (p99 {latency['p99']:.0f} ms) for "
         f"{latency['environments']:.1f} environments"
@@ -51,14 +47,13 @@ def offline_table(found: Sequence[Report]) -> str:
     lines = []
     for report in found:
         lines.append(f"{report.name}: {report.frames} frames, loss {report.loss:.4f}")
-        lines.append(
-            f"  {'mean absolute error':24} {'step':>5} {'policy':>10} {'mean action':>12} {'hold last':>10}"
-        )
-        for ahead, errors in report.policy["mae"].items():
-            for number, name in enumerate(report.dimensions):
-                others = (side["mae"][ahead][number] for side in (report.mean_action, report.hold_last))
-                mean, held = others
-                lines.append(f"  {name:24} {ahead:>5} {errors[number]:10.4g} {mean:12.4g} {held:10.4g}")
+        for kind, title in (("mae", "mean absolute error"), ("rmse", "root mean square error")):
+            lines.append(f"  {title:24} {'step':>5} {'policy':>10} {'mean action':>12} {'hold last':>10}")
+            for ahead, errors in report.policy[kind].items():
+                for number, name in enumerate(report.dimensions):
+                    others = (side[kind][ahead][number] for side in (report.mean_action, report.hold_last))
+                    mean, held = others
+                    lines.append(f"  {name:24} {ahead:>5} {errors[number]:10.4g} {mean:12.4g} {held:10.4g}")
     return "\n".join(lines)
 
 
@@ -73,7 +68,11 @@ class Recorder:
         whole = found[0]
         values = {"eval/loss": whole.loss, "eval/frames": float(whole.frames)}
         values |= {f"eval/relative_mae/{ahead}": value for ahead, value in whole.relative().items()}
-        values |= {f"eval/loss/{slug(report.name)}": report.loss for report in found[1:]}
+        # numbered as in training: the beginnings of two tasks' texts may be one
+        values |= {
+            f"eval/loss/task_{number}_{slug(report.name)}": report.loss
+            for number, report in enumerate(found[1:])
+        }
         self._metrics(values)
         client, run_id = self._run.client, self._run.run_id
         client.log_dict(run_id, {report.name: asdict(report) for report in found}, "offline.json")
@@ -86,20 +85,24 @@ class Recorder:
         self,
         played: Sequence[Played],
         rows: Sequence[Success],
-        rates: Rates,
+        groups: Sequence[Success],
         latency: Mapping[str, float],
+        *,
+        complete: bool,
     ) -> None:
-        """Rates as metrics, every episode in a table."""
-        values = {f"eval/success_rate/{row.task}/n{row.n_action_steps}": row.rate for row in rows}
-        values |= {
-            f"eval/success_rate/{slug(group)}/n{steps}": rate for (group, steps), rate in rates.items()
-        }
-        self._metrics(values)
-        own = {}
-        for row in rows:
+        """Rates as metrics, every episode in a table; no point of a curve if the evaluation broke off."""
+        rates, own = {}, {}
+        named = [*((row.task, row) for row in rows), *((slug(row.task), row) for row in groups)]
+        for task, row in named:
             low, high = row.interval
-            own |= {f"eval/success_low/{row.task}/n{row.n_action_steps}": low}
-            own |= {f"eval/success_high/{row.task}/n{row.n_action_steps}": high}
+            name = f"{task}/n{row.n_action_steps}"
+            rates[f"eval/success_rate/{name}"] = row.rate
+            own |= {f"eval/success_low/{name}": low, f"eval/success_high/{name}": high}
+            own |= {f"eval/actions_until_solved/{name}": row.steps, f"eval/episodes/{name}": row.episodes}
+        if complete:
+            self._metrics(rates)
+        else:
+            own |= rates
         own |= {f"eval/chunk_ms/{name}": value for name, value in latency.items()}
         self._log(self._run.run_id, own)
         table = {
@@ -111,7 +114,7 @@ class Recorder:
             "actions": [one.steps for one in played],
         }
         self._run.client.log_table(self._run.run_id, table, "episodes.json")
-        self._run.client.log_text(self._run.run_id, success_table(rows, rates, latency), "success.txt")
+        self._run.client.log_text(self._run.run_id, success_table(rows, groups, latency), "success.txt")
 
     def film(self, played: Played, content: bytes) -> None:
         """A film as an artifact that MLflow's pages play."""

@@ -1,10 +1,11 @@
 """Policies by name: a folder, a checkpoint, a registered model; and what is known of their making."""
 
 import functools
+import hashlib
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class Policy:
     """Address of the checkpoint it is of, if it is of one."""
     record: dict[str, Any] | None = None
     """What the run of the checkpoint is: `identity`, `mlflow_run_id`."""
+    held: str = ""
+    """Where it is loaded from if the checkpoint may be gone: see pipelines/holding.py."""
     ema: bool = False
     tracking_uri: str = ""
     """Of the registry."""
@@ -61,8 +64,9 @@ class Policy:
 
     def fetch(self) -> Callable[[], Path]:
         """Gives the policy's folder on the node where it is called."""
+        address = self.held or self.checkpoint or self.path
         return functools.partial(
-            _fetched, self.checkpoint or self.path, ema=self.ema, tracking_uri=self.tracking_uri
+            _fetched, address, ema=self.ema, tracking_uri=self.tracking_uri, held=bool(self.held)
         )
 
 
@@ -91,6 +95,16 @@ def found(path: str, *, ema: bool, tracking_uri: str) -> Policy:
     return Policy(path=address)
 
 
+def held(path: str, *, checkpoint: str, ema: bool) -> Policy:
+    """The policy of a checkpoint that is held in `path`, and need not be there any more.
+
+    Raises:
+        ValueError: it is not held.
+    """
+    known = _of_checkpoint(path, path, ema=ema)
+    return replace(known, path=checkpoint, checkpoint=checkpoint, record=_record(checkpoint), held=path)
+
+
 def _of_checkpoint(path: str, address: str, *, ema: bool) -> Policy:
     if not _has(address, f"{PRETRAINED}/{WEIGHTS}"):
         raise ValueError(
@@ -98,16 +112,20 @@ def _of_checkpoint(path: str, address: str, *, ema: bool) -> Policy:
         )
     if ema and not _has(address, f"{PRETRAINED}_ema/{WEIGHTS}"):
         raise ValueError(f"policy.ema: {path} has no averaged weights")
-    record = filesystem_of(joined(parted(address)[0], RECORD))
-    known = read_json(*record) if exists(*record) else None
-    return Policy(path=path, checkpoint=address, record=known, ema=ema)
+    return Policy(path=path, checkpoint=address, record=_record(address), ema=ema)
+
+
+def _record(checkpoint: str) -> dict[str, Any] | None:
+    """What the run of a checkpoint says of itself."""
+    record = filesystem_of(joined(parted(checkpoint)[0], RECORD))
+    return read_json(*record) if exists(*record) else None
 
 
 def _has(address: str, name: str) -> bool:
     return exists(*filesystem_of(joined(address, name)))
 
 
-def _fetched(address: str, *, ema: bool, tracking_uri: str) -> Path:
+def _fetched(address: str, *, ema: bool, tracking_uri: str, held: bool) -> Path:
     """The folder with config.json and the weights, on this node."""
     if address.startswith(REGISTERED):
         import mlflow  # seconds that folders do without
@@ -116,7 +134,13 @@ def _fetched(address: str, *, ema: bool, tracking_uri: str) -> Path:
         return Path(place) / "artifacts/policy"
     if not parted(address)[1].startswith(STEPS):
         return Path(address)
-    return verified(address) / (f"{PRETRAINED}_ema" if ema else PRETRAINED)
+    work = _kept(parted(address)[0]) if held else None
+    return verified(address, work) / (f"{PRETRAINED}_ema" if ema else PRETRAINED)
+
+
+def _kept(run: str) -> Path:
+    """The node's folder for what a run holds: all actors there share one download, the next replaces it."""
+    return Path.home() / ".cache/smolvla_policies" / hashlib.sha256(run.encode()).hexdigest()[:16]
 
 
 def verified(checkpoint: str, work: Path | None = None) -> Path:

@@ -23,9 +23,20 @@ import ray
 import torch
 import yaml
 
-from jobs import command_line, held_out, image_features, lineage, summary, tracking, training_data
+from jobs import (
+    command_line,
+    evaluated_beside,
+    held_out,
+    image_features,
+    lineage,
+    summary,
+    tracking,
+    training_data,
+)
 from jobs.delivery import SPOOL, CheckpointsInMlflow, RunWriter, run_writer
 from jobs.ending import truthful_end
+from jobs.evaluated_beside import EvalOptions
+from jobs.evaluations import Evaluations
 from jobs.held_out import ValidationOptions
 from jobs.image_features import ImageFeatures
 from jobs.review import Review
@@ -133,6 +144,7 @@ class TrainJob:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     lora: LoRAOptions = field(default_factory=LoRAOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
     rename: dict[str, str] = field(default_factory=dict)
     """Camera of the dataset -> camera of the policy, where names differ; JSON on the command line."""
@@ -300,6 +312,13 @@ def prepare(job: TrainJob) -> Prepared:
     _check_given(job)
     data = training_data.opened(job.dataset, rename=job.rename)
     policy_config = _policy_config(job, data)
+    evaluated_beside.check(
+        job.eval,
+        policy_config,
+        rename=data.entries[data.export].rename,
+        checkpoint_every=job.checkpoint.every,
+        has_average=job.ema_decay is not None,
+    )
     storage = _run_storage(job)
     before = storage.read_json(RECORD)["identity"] if storage.has(RECORD) else None
     features = image_features.chosen(
@@ -473,22 +492,33 @@ def write_start(prepared: Prepared, job: TrainJob) -> None:
 
 def check_cluster(job: TrainJob) -> None:
     """Refuse what the cluster can never give; Ray would wait for it in silence."""
-    have = ray.cluster_resources()
-    fewest = job.workers[0]
-    streamed = job.dataset.tower_actors if job.dataset.features == "stream" else 0
-    need = fewest * job.cpus_per_worker + streamed * job.dataset.tower_cpus
+    have, need = ray.cluster_resources(), needs(job, num_workers=job.workers[0])
+    streamed = _tower_actors(job)
     besides = f", {streamed} tower_actors * tower_cpus {job.dataset.tower_cpus}" if streamed else ""
-    if have.get("CPU", 0) < need + 1:
+    if have.get("CPU", 0) < need["CPU"]:
         raise ValueError(
             f"num_workers {job.num_workers} * cpus_per_worker {job.cpus_per_worker}{besides} and one CPU for "
-            f"the data need {need + 1} CPUs, the cluster has {have.get('CPU', 0)}"
+            f"the data need {need['CPU']} CPUs, the cluster has {have.get('CPU', 0)}"
         )
-    gpus = fewest * job.use_gpu + streamed * job.dataset.tower_gpus
-    if have.get("GPU", 0) < gpus:
+    if have.get("GPU", 0) < need["GPU"]:
         raise ValueError(
             f"num_workers {job.num_workers} with use_gpu {job.use_gpu}{besides and ' and tower_gpus'} need "
-            f"{gpus:g} GPUs, the cluster has {have.get('GPU', 0)} GPUs"
+            f"{need['GPU']:g} GPUs, the cluster has {have.get('GPU', 0)} GPUs"
         )
+    evaluated_beside.check_cluster(job.eval)
+
+
+def needs(job: TrainJob, *, num_workers: int) -> dict[str, float]:
+    """CPUs and GPUs of so many workers, of what streams to them, and one CPU to decode."""
+    streamed = _tower_actors(job)
+    return {
+        "CPU": num_workers * job.cpus_per_worker + streamed * job.dataset.tower_cpus + 1,
+        "GPU": num_workers * job.use_gpu + streamed * job.dataset.tower_gpus,
+    }
+
+
+def _tower_actors(job: TrainJob) -> int:
+    return job.dataset.tower_actors if job.dataset.features == "stream" else 0
 
 
 def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.TrackedRun:
@@ -575,7 +605,7 @@ def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
     print(f"MLflow run: {run.link}", flush=True)
     started = time.monotonic()
     board = start_board()
-    with truthful_end(run, board):
+    with evaluated(job, prepared, run, board) as evaluations, truthful_end(run, board):
         writer = run_writer(run, prepared.storage)
         try:
             if at.step >= job.steps:
@@ -583,20 +613,51 @@ def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
             else:
                 review = Review(run, prepared.reader.from_images, prepared.train, step=at.step)
                 fit(job, prepared, writer, board, at_step=at.step)
+                if evaluations:
+                    evaluations.training_ended()
                 review.close(CLOSE_WITHIN_S)
         finally:
             undelivered = writer.close(CLOSE_WITHIN_S)
     rest = {"checkpoints": f"{prepared.storage}/step_*", "MLflow": run.link}
     spool = prepared.folder / SPOOL
     print(summary.table(spool, steps=job.steps, batch_size=job.batch_size, rest=rest), flush=True)
+    seconds = round(time.monotonic() - started, 1)
+    if evaluations:  # the training has ended, and MLflow says so: nothing that comes now can change that
+        evaluations.finish()
     return {
         "mlflow": run.link,
         "run_folder": str(prepared.storage),
         "step": job.steps,
         "samples": job.steps * job.batch_size,
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": seconds,
         "undelivered_records": undelivered,
+        "evaluations": dict(evaluations.counts) if evaluations else {},
     }
+
+
+@contextlib.contextmanager
+def evaluated(
+    job: TrainJob, prepared: Prepared, run: tracking.TrackedRun, board: Any
+) -> Iterator[Evaluations | None]:
+    """Evaluations beside the training, if there are to be some; they end with a training that fails."""
+    if not job.eval.every:
+        yield None
+        return
+    evaluations = Evaluations(
+        job.eval,
+        prepared.storage,
+        run,
+        tracking=job.tracking,
+        steps=job.steps,
+        training=needs(job, num_workers=job.workers[1]),
+        board=board,
+    )
+    try:
+        yield evaluations
+    except BaseException:
+        evaluations.close()
+        raise
+    evaluations.training_ended()
 
 
 def fit(job: TrainJob, prepared: Prepared, writer: RunWriter, board: Any, *, at_step: int) -> None:

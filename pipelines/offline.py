@@ -17,6 +17,7 @@ from ray.util import ActorPool
 from pipelines.inspection import dimension_names, episode_columns
 from pipelines.plan import PREDICTION_NOISE, Rows
 from pipelines.predictions import STEPS_AHEAD, Predictions, mean_over_frames
+from pipelines.rollouts import on_nodes_with
 from pipelines.validation import DRAWS, HeldOut, frame_generators, loss_draws
 
 Answers = dict[str, NDArray[Any]]
@@ -86,6 +87,7 @@ def asked(
     actors: int,
     num_gpus: float = 0,
     cpus: float = 1,
+    resource: str = "",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Answers:
     """What the policy says of all frames, in their order, from several actors.
@@ -96,6 +98,7 @@ def asked(
         actors: that share the frames.
         num_gpus: of each actor, 0 or 1.
         cpus: of each actor.
+        resource: name of a resource of Ray's that the nodes of all actors must have; empty: any node.
         on_progress: gets (frames done, frames).
     """
     frames, size = held_out.frames, held_out.reader.config.micro_batch
@@ -103,8 +106,9 @@ def asked(
         frames[np.arange(first, min(first + size, len(frames)))] for first in range(0, len(frames), size)
     ]
     judge_class, threads = cast("Any", Judge), None if num_gpus else max(int(cpus), 1)
+    options = {"num_cpus": cpus, "num_gpus": num_gpus, "resources": on_nodes_with(resource)}
     judges = [
-        judge_class.options(num_cpus=cpus, num_gpus=num_gpus).remote(fetch, held_out, threads=threads)
+        judge_class.options(**options).remote(fetch, held_out, threads=threads)
         for _ in range(min(actors, len(batches)))
     ]
     found: list[Answers] = []

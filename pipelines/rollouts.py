@@ -194,6 +194,11 @@ class Actor:
         return chunks.float().cpu().numpy(), time.perf_counter() - started
 
 
+def on_nodes_with(resource: str) -> dict[str, float]:
+    """What an actor asks of Ray to be on a node that has a resource, as much of it as there may be actors."""
+    return {resource: 1e-3} if resource else {}
+
+
 @dataclass
 class _Seat:
     """An environment, and the episode that is played in it."""
@@ -215,18 +220,30 @@ class Theatre:
         fetch: gives the folder of the policy on any node.
         num_gpus: of the policy, 0 or 1.
         cpus: of the policy.
+        resource: name of a resource of Ray's that the nodes of all actors must have; empty: any node.
     """
 
     def __init__(
-        self, rollouts: Rollouts, fetch: Callable[[], Path], *, num_gpus: float = 0, cpus: float = 1
+        self,
+        rollouts: Rollouts,
+        fetch: Callable[[], Path],
+        *,
+        num_gpus: float = 0,
+        cpus: float = 1,
+        resource: str = "",
     ) -> None:
         self._rollouts = rollouts
         variables = dict(variables_of(environment_class(rollouts.env)))
-        settings: dict[str, Any] = {"num_cpus": CPUS_PER_ENVIRONMENT, "runtime_env": {"env_vars": variables}}
+        place = {"resources": on_nodes_with(resource)}
+        settings: dict[str, Any] = place | {
+            "num_cpus": CPUS_PER_ENVIRONMENT,
+            "runtime_env": {"env_vars": variables},
+        }
         stage_class, actor_class = cast("Any", Stage), cast("Any", Actor)
         self._stages = [stage_class.options(**settings).remote(rollouts) for _ in range(rollouts.stages)]
         threads = None if num_gpus else max(int(cpus), 1)
-        self._actor = actor_class.options(num_cpus=cpus, num_gpus=num_gpus).remote(fetch, threads=threads)
+        options = place | {"num_cpus": cpus, "num_gpus": num_gpus}
+        self._actor = actor_class.options(**options).remote(fetch, threads=threads)
         self.latencies_s: list[tuple[int, float]] = []
         """(environments that were answered together, seconds)."""
 
@@ -324,7 +341,7 @@ class Theatre:
 
 @dataclass(frozen=True, kw_only=True)
 class Success:
-    """How often a task was solved."""
+    """How often a task was solved, or a group of tasks."""
 
     task: str
     n_action_steps: int
@@ -374,13 +391,30 @@ def successes(played: Sequence[Played]) -> list[Success]:
     return rows
 
 
-def group_rates(rows: Sequence[Success], groups: Mapping[str, str]) -> dict[tuple[str, int], float]:
-    """(group, n_action_steps) -> mean of its tasks' rates, and of all tasks under "all"."""
-    rates: dict[tuple[str, int], list[float]] = {}
+def of_groups(rows: Sequence[Success], groups: Mapping[str, str]) -> list[Success]:
+    """The same of each group of tasks, and of all tasks under "all".
+
+    All tasks of an evaluation have as many episodes, so a group's rate is the mean of its tasks'. Its
+    interval is a little wide, as it takes the episodes for those of one task.
+    """
+    members: dict[tuple[str, int], list[Success]] = {}
     for row in rows:
         for group in ([groups[row.task]] if row.task in groups else []) + ["all"]:
-            rates.setdefault((group, row.n_action_steps), []).append(row.rate)
-    return {key: float(np.mean(values)) for key, values in rates.items()}
+            members.setdefault((group, row.n_action_steps), []).append(row)
+    found = []
+    for (group, steps), mine in members.items():
+        solved = sum(row.successes for row in mine)
+        lengths = math.fsum(row.steps * row.successes for row in mine if row.successes)
+        found.append(
+            Success(
+                task=group,
+                n_action_steps=steps,
+                episodes=sum(row.episodes for row in mine),
+                successes=solved,
+                steps=lengths / solved if solved else math.nan,
+            )
+        )
+    return found
 
 
 def film(frames: Sequence[NDArray[np.uint8]], *, fps: int) -> bytes:

@@ -1,5 +1,8 @@
 """An environment whose episodes end as their seed says, with the cameras and widths of the toy episodes."""
 
+import os
+import sys
+import time
 from typing import ClassVar
 
 import numpy as np
@@ -42,3 +45,18 @@ class ToyEnvironment:
 
     def close(self):
         pass
+
+
+class TroubledEnvironment(ToyEnvironment):
+    """Its task `open` goes as the variable TOY_TROUBLE says: `crash`, `hang`, or well."""
+
+    PROCESS_VARIABLES: ClassVar = {"TOY_TROUBLE": os.environ.get("TOY_TROUBLE", "")}
+
+    def step(self, action):
+        trouble = os.environ["TOY_TROUBLE"] if self.instruction == "open it" else ""
+        if trouble == "crash":
+            raise RuntimeError("the world fell apart")
+        if trouble == "hang":
+            sys.stderr.write(f"process {os.getpid()} hangs\n")
+            time.sleep(3600)
+        return super().step(action)

@@ -30,8 +30,7 @@ from toy_environment import GOAL_STEPS
 from toys import with_cut_image
 
 from infra.local.services import RAY_FILES
-from jobs import command_line, evaluate_smolvla, policies, reap_runs, train_smolvla
-from jobs.evaluate_smolvla import EvaluateSmolVLA, JudgedData, JudgedPolicy
+from jobs import command_line, policies, reap_runs, train_smolvla
 from jobs.tracking import TrackingOptions
 from jobs.train_smolvla import TrainJob
 from pipelines.dataset import filesystem_of
@@ -77,12 +76,13 @@ class Jobs:
         } | changes
         return " ".join(f"--{flag} {value}" for flag, value in flags.items())
 
-    def submit(self, name, dataset, **changes):
+    def submit(self, name, dataset, variables=(), **changes):
         environment = {
             "working_dir": str(ROOT),
             "excludes": ["tests", ".local", "data", ".git"],
             "env_vars": SECRETS
-            | {"SMOLVLA_GIT_COMMIT": "c0ffee", "SMOLVLA_GIT_CHANGES": PACKED, "OMP_NUM_THREADS": "1"},
+            | {"SMOLVLA_GIT_COMMIT": "c0ffee", "SMOLVLA_GIT_CHANGES": PACKED, "OMP_NUM_THREADS": "1"}
+            | dict(variables),
         }
         command = f"python jobs/train_smolvla.py {self.flags(name, dataset, **changes)}"
         return self.client.submit_job(entrypoint=command, runtime_env=environment)
@@ -347,31 +347,121 @@ def test_a_complete_run_started_again_has_nothing_to_do(uninterrupted, jobs, epi
     assert jobs.run_of("uninterrupted").info.status == "FINISHED"
 
 
+BESIDE = {
+    "eval.every": 10,
+    "eval.env": "toy_environment:TroubledEnvironment",
+    "eval.tasks": "wave open",
+    "eval.episodes": 3,
+    "eval.n_action_steps": 5,
+    "eval.num_environments": 1,
+    "eval.size": 40,
+    "eval.videos": 1,
+    "eval.cpus_per_policy": 0.5,
+}
+IMPORTS = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+
+
 @pytest.fixture(scope="module")
-def evaluated(uninterrupted, jobs, episodes):
-    """An evaluation of its last checkpoint, on what it held out and in a toy world."""
-    job = EvaluateSmolVLA(
-        policy=JudgedPolicy(path=str(jobs.storage / f"uninterrupted/step_{STEPS:09}")),
-        dataset=JudgedData(path=str(episodes)),
-        env="toy_environment:ToyEnvironment",
-        tasks=["wave", "open"],
-        episodes=3,
-        n_action_steps=[5],
-        num_environments=3,
-        size=40,
-        videos=1,
-        tracking=TrackingOptions(uri=jobs.mlflow_uri, experiment="tests"),
+def beside(uninterrupted, jobs, episodes):
+    """The uninterrupted run again, with evaluations in a world that falls apart."""
+    variables = IMPORTS | {"TOY_TROUBLE": "crash"}
+    flags = BESIDE | {"eval.dataset.path": f'"{episodes}"'}
+    job = jobs.submit("beside", episodes, variables, **flags)
+    status, logs = jobs.wait(job), jobs.client.get_job_logs(job)
+    assert status == JobStatus.SUCCEEDED, logs[-4000:]
+    return logs
+
+
+def records(jobs):
+    """step, status and reason of every evaluation of it."""
+    lines = (jobs.storage / "beside/evaluations.jsonl").read_text().splitlines()
+    return [tuple(json.loads(line)[name] for name in ("step", "status", "reason")) for line in lines]
+
+
+def evaluations_of(jobs, status):
+    run = jobs.run_of("beside").info
+    return jobs.mlflow.search_runs(
+        [run.experiment_id],
+        f"tags.mlflow.parentRunId = '{run.run_id}' and attributes.status = '{status}'",
     )
-    return evaluate_smolvla.judged(job, evaluate_smolvla.prepare(job))
+
+
+def episode_table(jobs, run):
+    table = mlflow.artifacts.download_artifacts(
+        run_id=run.info.run_id, artifact_path="episodes.json", tracking_uri=jobs.mlflow_uri
+    )
+    found = json.loads(Path(table).read_text())
+    return [dict(zip(found["columns"], row, strict=True)) for row in found["data"]]
+
+
+def test_evaluations_that_crash_leave_the_training_as_it_is_to_the_last_bit(beside, jobs):
+    for metric in ("train/loss", "train/grad_norm", "val/loss"):
+        assert jobs.curve("beside", metric=metric) == jobs.curve("uninterrupted", metric=metric)
+    run = jobs.run_of("beside")
+    assert run.info.status == "FINISHED"
+    found = records(jobs)
+    assert sorted(step for step, _, _ in found) == [10, 20, 30, 40]  # each is accounted for, and once
+    assert {status for _, status, _ in found} <= {"failed", "skipped"}
+    failed = [(step, reason) for step, status, reason in found if status == "failed"]
+    assert failed[-1][0] == STEPS
+    for step, reason in failed:
+        assert "RuntimeError: the world fell apart" in reason
+        assert f"warning: evaluation of step {step}: failed, exit code 1: " in beside
+    assert run.data.metrics["eval/failed"] == len(failed)
+    assert not [name for name in run.data.metrics if name.startswith("eval/success_rate")]
+
+
+def test_an_evaluation_that_crashes_keeps_the_episodes_that_had_ended(beside, jobs):
+    for run in evaluations_of(jobs, "FAILED"):
+        assert [row["task"] for row in episode_table(jobs, run)] == ["wave"] * 3
+        assert run.data.metrics["eval/episodes/wave/n5"] == 3
+
+
+@pytest.fixture(scope="module")
+def goes_on(beside, jobs, episodes):
+    """Starts the complete run again, with other flags and another trouble; returns the job's figures."""
+
+    def again(trouble, **changes):
+        flags = BESIDE | {"eval.dataset.path": f'"{episodes}"'} | changes
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            variables = {"env_vars": IMPORTS | {"OMP_NUM_THREADS": "1"}}
+            patch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": variables}))
+            for name, value in (IMPORTS | {"TOY_TROUBLE": trouble}).items():
+                patch.setenv(name, value)
+            words = shlex.split(jobs.flags("beside", episodes, **flags))
+            job = train_smolvla.completed(command_line.parsed(TrainJob, words))
+            return train_smolvla.train(job, train_smolvla.prepare(job))
+
+    return again
+
+
+def test_an_evaluation_that_hangs_is_ended_with_its_actors(goes_on, jobs):
+    assert goes_on("hang", **{"eval.timeout_s": 45})["evaluations"] == {"failed": 1}
+    assert records(jobs)[-1] == (STEPS, "failed", "it took longer than eval.timeout_s 45")
+    log = (jobs.storage / f"beside/evaluations/step_{STEPS:09}.log").read_text()
+    (hung,) = re.findall(r"process (\d+) hangs", log)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(hung)).wait(timeout=30)
+    assert len(evaluations_of(jobs, "KILLED")) == 1
+    assert jobs.run_of("beside").info.status == "FINISHED"
+    assert not list((jobs.storage / "beside/evaluating").glob("*"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(goes_on, jobs):
+    """What the evaluation of the last checkpoint found when its world was mended."""
+    assert goes_on("")["evaluations"] == {"done": 1}
+    log = (jobs.storage / f"beside/evaluations/step_{STEPS:09}.log").read_text()
+    return json.loads([line for line in log.splitlines() if line.startswith("{")][-1])
 
 
 def test_an_evaluation_measures_the_loss_that_the_training_did_and_stands_below_it(evaluated, jobs):
-    training = jobs.run_of("uninterrupted")
+    training = jobs.run_of("beside")
     assert evaluated["offline"]["loss"] == pytest.approx(training.data.metrics["val/loss"], rel=1e-5)
-    (run,) = jobs.mlflow.search_runs(
-        [training.info.experiment_id], f"tags.mlflow.parentRunId = '{training.info.run_id}'"
-    )
-    assert (run.info.status, run.data.tags["kind"]) == ("FINISHED", "evaluation")
+    (run,) = evaluations_of(jobs, "FINISHED")
+    assert run.data.tags["kind"] == "evaluation"
+    assert run.data.tags["checkpoint_uri"] == str(jobs.storage / f"beside/step_{STEPS:09}")
     assert run.data.tags["checkpoint_step"] == str(STEPS)
     assert run.data.tags["dataset_fingerprint"] == training.data.tags["dataset_fingerprint"]
     curve = jobs.mlflow.get_metric_history(training.info.run_id, "eval/success_rate/wave/n5")
@@ -381,14 +471,8 @@ def test_an_evaluation_measures_the_loss_that_the_training_did_and_stands_below_
 
 
 def test_an_evaluation_keeps_every_episode_and_films(evaluated, jobs):
-    (run,) = jobs.mlflow.search_runs(
-        [jobs.run_of("uninterrupted").info.experiment_id], "tags.kind = 'evaluation'"
-    )
-    table = mlflow.artifacts.download_artifacts(
-        run_id=run.info.run_id, artifact_path="episodes.json", tracking_uri=jobs.mlflow_uri
-    )
-    found = json.loads(Path(table).read_text())
-    rows = [dict(zip(found["columns"], row, strict=True)) for row in found["data"]]
+    (run,) = evaluations_of(jobs, "FINISHED")
+    rows = episode_table(jobs, run)
     assert len(rows) == 6
     for row in rows:
         goal = row["seed"] % GOAL_STEPS + 12
@@ -397,6 +481,12 @@ def test_an_evaluation_keeps_every_episode_and_films(evaluated, jobs):
     assert {"episodes.json", "offline.json", "offline.txt", "success.txt", "plots", "videos"} <= names
     films = jobs.mlflow.list_artifacts(run.info.run_id, "videos/wave/n_action_steps_5")
     assert {Path(film.path).suffix for film in films} == {".mp4"}
+
+
+def test_what_was_evaluated_is_not_evaluated_again(evaluated, goes_on, jobs):
+    before = records(jobs)
+    assert goes_on("crash")["evaluations"] == {}
+    assert records(jobs) == before
 
 
 @pytest.fixture(scope="module")
@@ -540,6 +630,38 @@ def good(episodes, tmp_path):
         ({"repeated_noise": 0}, "repeated_noise 0 is below 1"),
         ({"optimizer__lr": -1}, "optimizer.lr -1.0 is not positive"),
         ({"seed": -1}, "seed -1 is negative"),
+        ({"eval__every": 1000}, "eval.every 1000: nothing to evaluate on; eval.env names an environment"),
+        (
+            {"eval__every": 1500, "eval__env": "toy_environment:ToyEnvironment", "eval__tasks": "[wave]"},
+            "eval.every 1500 is not a multiple of checkpoint.every 1000",
+        ),
+        (
+            {"eval__every": 1000, "eval__env": "toy_environment:ToyEnvironment", "eval__tasks": "[fly]"},
+            "eval.tasks: 'fly' is no toy",
+        ),
+        (
+            {"eval__every": 1000, "eval__env": "nowhere:World", "eval__tasks": "[fly]"},
+            "eval.env 'nowhere:World': No module named 'nowhere'",
+        ),
+        (
+            {
+                "eval__every": 1000,
+                "eval__env": "toy_environment:ToyEnvironment",
+                "eval__tasks": "[wave]",
+                "eval__n_action_steps": "[11]",
+            },
+            "eval.n_action_steps 11 is not within 1..10, the policy's chunk",
+        ),
+        ({"eval__every": 1000, "eval__dataset__path": "/nowhere"}, "eval.dataset.path '/nowhere' does not"),
+        (
+            {"eval__every": 1000, "eval__dataset__path": "/nowhere", "eval__episodes": 0},
+            "eval.episodes 0 is below 1",
+        ),
+        (
+            {"eval__every": 1000, "eval__dataset__path": "/nowhere", "eval__ema": "true"},
+            "eval.ema: there is no average of the weights without ema_decay",
+        ),
+        ({"eval__timeout_s": 0}, "eval.timeout_s 0.0 is not positive"),
         ({"checkpoint__every": 0}, "checkpoint.every 0 is below 1"),
         ({"log_every": 0}, "log_every 0 is below 1"),
     ],

@@ -13,7 +13,7 @@ from toy_environment import GOAL_STEPS, ToyEnvironment
 
 from pipelines.environments import check_tasks, environment_class
 from pipelines.environments.metaworld import GROUPS, SENTENCES
-from pipelines.rollouts import Play, Played, Rollouts, Theatre, film, group_rates, successes, wilson
+from pipelines.rollouts import Play, Played, Rollouts, Theatre, film, of_groups, successes, wilson
 
 TOY = "toy_environment:ToyEnvironment"
 ROLLOUTS = Rollouts(
@@ -103,15 +103,15 @@ def test_wilsons_interval(successes, trials, low, high):
     assert wilson(successes, trials) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_rates_of_groups_are_means_of_tasks():
-    plays = [("a", True), ("a", False), ("b", True), ("c", False), ("c", False), ("c", False)]
+def test_groups_are_the_episodes_of_their_tasks():
+    plays = [("a", True), ("a", False), ("b", True), ("b", True), ("c", False), ("c", False)]
     played = [
         Played(
             play=Play(task=task, n_action_steps=1, number=number),
             instruction="",
             seed=0,
             success=success,
-            steps=7,
+            steps=7 + number,
             actions=np.zeros((7, 1), np.float32),
         )
         for number, (task, success) in enumerate(plays)
@@ -119,11 +119,14 @@ def test_rates_of_groups_are_means_of_tasks():
     rows = successes(played)
     assert [(row.task, row.successes, row.episodes) for row in rows] == [
         ("a", 1, 2),
-        ("b", 1, 1),
-        ("c", 0, 3),
+        ("b", 2, 2),
+        ("c", 0, 2),
     ]
-    rates = group_rates(rows, {"a": "easy", "b": "easy", "c": "hard"})
-    assert rates == {("easy", 1): 0.75, ("all", 1): 0.5, ("hard", 1): 0.0}
+    groups = {row.task: row for row in of_groups(rows, {"a": "easy", "b": "easy", "c": "hard"})}
+    assert {name: row.rate for name, row in groups.items()} == {"easy": 0.75, "all": 0.5, "hard": 0.0}
+    assert groups["easy"].interval == wilson(3, 4)
+    assert groups["all"].steps == pytest.approx((7 + 9 + 10) / 3)
+    assert np.isnan(groups["hard"].steps)
 
 
 def test_metaworlds_groups_have_the_papers_sizes():
