@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import ray.exceptions
 
 from jobs import command_line, policies, tracking, training_data
 from jobs.ending import end_with_input
@@ -291,16 +290,17 @@ def _play(
         resource=job.resource,
     )
     progress, played = _Lines("episodes"), []
+
+    def broke_off() -> None:  # what had ended is kept, and is no point of a curve
+        print(f"{len(played)} of {len(rollouts.plays)} episodes had ended", flush=True)
+        if played:
+            _told(played, job, theatre.latencies_s, recorder, complete=False)
+
     try:
-        try:
+        with recorder.breaking_off(broke_off):
             for one in theatre.play():
                 played.append(one)
                 progress(len(played), len(rollouts.plays))
-        except ray.exceptions.RayError:
-            if played:  # a world or the policy fell; what had ended is kept, and is no point of a curve
-                print(f"{len(played)} of {len(rollouts.plays)} episodes had ended", flush=True)
-                _told(played, job, theatre.latencies_s, recorder, complete=False)
-            raise
         rows, groups, latency = _told(played, job, theatre.latencies_s, recorder, complete=True)
         chosen = filmed(played, each=job.videos)
         for one, content in theatre.films(chosen, fps=getattr(environment_class(job.env), "FPS", 40)):

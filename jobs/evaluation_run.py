@@ -4,11 +4,12 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import ray.exceptions
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
@@ -62,6 +63,25 @@ class Recorder:
 
     def __init__(self, run: TrackedRun, policy: Policy, parent: str | None) -> None:
         self._run, self._policy, self._parent = run, policy, parent
+        self._broke_off: Callable[[], None] | None = None
+
+    @contextlib.contextmanager
+    def breaking_off(self, tell: Callable[[], None]) -> Iterator[None]:
+        """What `tell` has to say is said if the work in this block fails, or the process is told to end."""
+        self._broke_off = tell
+        try:
+            yield
+        except ray.exceptions.RayError:  # a world or the policy fell
+            tell()
+            raise
+        finally:
+            self._broke_off = None
+
+    def killed(self) -> None:
+        """Tell what was done until now, from another thread."""
+        self._run.finish("KILLED")  # first of all: little time may be left
+        if self._broke_off:
+            self._broke_off()
 
     def offline(self, found: Sequence[Report], held_out: HeldOut, answers: Answers) -> None:
         """Losses and errors as metrics, all of it as a table, the chunks as a picture."""
@@ -162,9 +182,10 @@ def tracked(
     for dataset, origin in zip(datasets, origins, strict=True):
         tracking.log_dataset(run, dataset, origin=origin, context="evaluation")
     print(f"MLflow run: {run.link}", flush=True)
-    with noticed(lambda _: run.finish("KILLED")) as hand_over:
+    recorder = Recorder(run, policy, parent)
+    with noticed(lambda _: recorder.killed()) as hand_over:
         try:
-            yield run, Recorder(run, policy, parent)
+            yield run, recorder
         except BaseException:
             hand_over()
             run.finish("FAILED")

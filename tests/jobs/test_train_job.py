@@ -443,7 +443,8 @@ def test_an_evaluation_that_hangs_is_ended_with_its_actors(goes_on, jobs):
     (hung,) = re.findall(r"process (\d+) hangs", log)
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int(hung)).wait(timeout=30)
-    assert len(evaluations_of(jobs, "KILLED")) == 1
+    (killed,) = evaluations_of(jobs, "KILLED")
+    assert [row["task"] for row in episode_table(jobs, killed)] == ["wave"] * 3
     assert jobs.run_of("beside").info.status == "FINISHED"
     assert not list((jobs.storage / "beside/evaluating").glob("*"))
 
