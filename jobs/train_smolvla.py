@@ -605,7 +605,8 @@ def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
     print(f"MLflow run: {run.link}", flush=True)
     started = time.monotonic()
     board = start_board()
-    with evaluated(job, prepared, run, board) as evaluations, truthful_end(run, board):
+    beside = evaluated(job, prepared, run, board, complete=at.step >= job.steps)
+    with beside as evaluations, truthful_end(run, board):
         writer = run_writer(run, prepared.storage)
         try:
             if at.step >= job.steps:
@@ -637,7 +638,7 @@ def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def evaluated(
-    job: TrainJob, prepared: Prepared, run: tracking.TrackedRun, board: Any
+    job: TrainJob, prepared: Prepared, run: tracking.TrackedRun, board: Any, *, complete: bool
 ) -> Iterator[Evaluations | None]:
     """Evaluations beside the training, if there are to be some; they end with a training that fails."""
     if not job.eval.every:
@@ -652,6 +653,8 @@ def evaluated(
         training=needs(job, num_workers=job.workers[1]),
         board=board,
     )
+    if complete:
+        evaluations.training_ended()
     try:
         yield evaluations
     except BaseException:
