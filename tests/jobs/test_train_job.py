@@ -437,7 +437,8 @@ def goes_on(beside, jobs, episodes):
 
 
 def test_an_evaluation_that_hangs_is_ended_with_its_actors(goes_on, jobs):
-    assert goes_on("hang", **{"eval.timeout_s": 45})["evaluations"] == {"failed": 1}
+    changes = {"eval.timeout_s": 45, "eval.dataset.path": '""'}
+    assert goes_on("hang", **changes)["evaluations"] == {"failed": 1}
     assert records(jobs)[-1] == (STEPS, "failed", "it took longer than eval.timeout_s 45")
     log = (jobs.storage / f"beside/evaluations/step_{STEPS:09}.log").read_text()
     (hung,) = re.findall(r"process (\d+) hangs", log)
