@@ -678,6 +678,7 @@ def fit(job: TrainJob, prepared: Prepared, writer: RunWriter, board: Any, *, at_
         writer=writer,
         keep=Retention(newest=job.checkpoint.keep, best=job.checkpoint.keep_best),
         validation=prepared.held_out,
+        decoder=prepared.reader if decoded_by_workers(job) else None,
         tower=tower(job, prepared),
         board=board,
     )
@@ -699,6 +700,17 @@ def fit(job: TrainJob, prepared: Prepared, writer: RunWriter, board: Any, *, at_
         )
     finally:
         done.set()
+
+
+def decoded_by_workers(job: TrainJob) -> bool:
+    """Whether the train workers decode, and not tasks anywhere in the cluster."""
+    if job.dataset.decoding != "auto":
+        return job.dataset.decoding == "workers"
+    if job.dataset.features == "stream" or job.augmentation.is_on:
+        return False
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    training = sum(node.get("GPU", 0) > 0 for node in nodes) if job.use_gpu else job.workers[1]
+    return training >= len(nodes)
 
 
 def tower(job: TrainJob, prepared: Prepared) -> StreamedTower | None:

@@ -21,6 +21,7 @@ from smolvla.processing import SmolVLAProcessor
 
 ENTRY_FIELDS = ("path", "name", "weight", "rename")
 FEATURES = ("auto", "off", "required", "stream")
+DECODING = ("auto", "tasks", "workers")
 NAME = re.compile(r"[\w-][\w .-]*")  # what a folder and an MLflow metric may both be called
 
 
@@ -48,19 +49,24 @@ class DatasetOptions:
     """Of each of them."""
     tower_gpus: float = 0.0
     """Of each of them; a part of one is possible."""
+    decoding: str = "auto"
+    """Who decodes images: tasks, on all nodes; workers, threads of the train workers, which spares the images
+    the way through the object store. auto: the workers, unless the cluster has nodes that none of them is on,
+    or images are augmented. Numbers and order do not depend on it."""
     max_bad_rows: int = 0
     """Different rows with unusable images (cut off, of another size) that the run bears: they are masked out
     of the loss, named in <run>/bad_rows.json and counted as data/bad_rows."""
 
     def __post_init__(self) -> None:
-        if self.max_bad_rows < 0:
-            raise ValueError(f"dataset.max_bad_rows {self.max_bad_rows} is negative")
-        if self.features not in FEATURES:  # no Literal: to YAML, unquoted, `off` is no word
-            hint = '; in a YAML file "off" needs quotes' if self.features == "False" else ""
-            raise ValueError(f"dataset.features {self.features!r} is none of {', '.join(FEATURES)}{hint}")
+        for name, known in (("features", FEATURES), ("decoding", DECODING)):
+            if (value := getattr(self, name)) not in known:  # no Literal: to YAML, unquoted, `off` is no word
+                hint = '; in a YAML file "off" needs quotes' if value == "False" else ""
+                raise ValueError(f"dataset.{name} {value!r} is none of {', '.join(known)}{hint}")
+        if (self.decoding, self.features) == ("workers", "stream"):
+            raise ValueError("dataset.decoding workers: the tower of dataset.features stream needs tasks")
         if self.tower_actors < 1:
             raise ValueError(f"dataset.tower_actors {self.tower_actors} is below 1")
-        for name in ("tower_cpus", "tower_gpus"):
+        for name in ("max_bad_rows", "tower_cpus", "tower_gpus"):
             if getattr(self, name) < 0:
                 raise ValueError(f"dataset.{name} {getattr(self, name)} is negative")
         if self.fps is not None and not 0 < self.fps < math.inf:

@@ -2,17 +2,22 @@
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterator
 
 import torch
 from ray.data import DataIterator
+from ray.train import get_context
 from torch import Tensor
 
 from pipelines.progress import BadRow
 from pipelines.run import Run
 from pipelines.samples import ROW_IDS, STAGE_SECONDS
-from pipelines.tensors import ToTorch, unpacked
+from pipelines.tensors import Decoded, Unpacked
+
+MOST_THREADS = 16
+"""That decode in one worker: they share the interpreter with the training."""
 
 
 class Feed:
@@ -32,15 +37,8 @@ class Feed:
     def __init__(
         self, run: Run, shard: DataIterator, *, rank: int, num_workers: int, device: torch.device
     ) -> None:
-        self._to_torch = ToTorch()
-        blocks = shard.iter_torch_batches(
-            batch_size=None,
-            prefetch_batches=2,
-            collate_fn=self._to_torch,
-            device="cpu",
-            pin_memory=device.type == "cuda",
-        )
-        self._batches: Iterator[dict[str, Tensor]] = unpacked(blocks, run.train.micro_batch)
+        self._arrived = _arrived(run, shard, pin_memory=device.type == "cuda")
+        self._batches = iter(self._arrived)
         # The first batch says where the controller built the dataset to start: its word counts, for all
         # workers.
         self._first: dict[str, Tensor] | None = next(self._batches)
@@ -91,13 +89,28 @@ class Feed:
     @property
     def unpacked_s(self) -> float:
         """Seconds that this worker took to make tensors of what had arrived."""
-        return self._to_torch.busy_s
+        return self._arrived.unpacking_s
+
+    @property
+    def decoding_threads(self) -> int:
+        """Threads of this worker that decode; 0: tasks of the stream do."""
+        return self._arrived.threads
 
     @property
     def queued_micro_batches(self) -> int:
         """Those that lie ready for this worker: it waits for data when there are none."""
-        return (self._to_torch.rows_ready - self.rows_taken) // self._run.train.micro_batch
+        return (self._arrived.rows_ready - self.rows_taken) // self._run.train.micro_batch
 
     def forget_rows(self) -> None:
         """Drop the ids of past steps."""
         self.rows = {}
+
+
+def _arrived(run: Run, shard: DataIterator, *, pin_memory: bool) -> Decoded | Unpacked:
+    """The micro-batches of this worker's blocks, as tensors of the CPU."""
+    if run.decoder is None:
+        return Unpacked(shard, run.train.micro_batch, pin_memory=pin_memory)
+    blocks = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    threads = len(os.sched_getaffinity(0)) // get_context().get_local_world_size()
+    threads = min(max(threads, 1), MOST_THREADS)
+    return Decoded(run.decoder, blocks, threads=threads, pin_memory=pin_memory)

@@ -85,6 +85,8 @@ class Run:
     """The checkpoints that stay."""
     validation: HeldOut | None = None
     """What is measured beside the training; its episodes are not trained on."""
+    decoder: SampleReader | None = None
+    """What the workers decode with, in threads; None: tasks of the stream decode."""
     tower: StreamedTower | None = None
     """Actors of the stream that run the frozen vision tower while the workers train."""
     words: NDArray[np.int64] | None = None

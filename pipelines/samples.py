@@ -31,6 +31,7 @@ from smolvla.features import IMAGE_FEATURES, PADDING_MASK, Normalizer
 Batch = dict[str, NDArray[Any]]
 
 READ_THREADS = 64  # files read at once: object stores take a tenth of a second to answer
+KEPT_BATCHES = 8  # whose memory is used again, of each camera
 OPEN_FILES = 64  # Parquet footers a worker process keeps parsed; about 100 kB each
 ROW_IDS = ("micro_batch", "source", "epoch", "episode_index", "frame_index", "bad_cameras")
 STAGE_SECONDS = "stage_seconds"
@@ -416,14 +417,16 @@ class SampleReader:
 
         Memory that is new to a process costs as much as a tenth of what is decoded into it.
         """
-        kept, size = self._kept_memory.get(camera), math.prod(shape)
-        # Referred to by the dictionary, by this function and by the question; else by views of it.
-        if kept is None or kept.size < size or sys.getrefcount(kept) > 3:
-            kept = self._kept_memory[camera] = np.empty(size, dtype=np.uint8)
-        return kept[:size].reshape(shape)
+        kept, size = self._kept_memory.setdefault(camera, []), math.prod(shape)
+        for memory in kept:
+            # Referred to by the list, by this loop and by the question; else by views of it.
+            if memory.size >= size and sys.getrefcount(memory) <= 3:
+                return memory[:size].reshape(shape)
+        kept[:] = [*kept, np.empty(size, dtype=np.uint8)][-KEPT_BATCHES:]
+        return kept[-1].reshape(shape)
 
     @functools.cached_property
-    def _kept_memory(self) -> dict[str, NDArray[np.uint8]]:
+    def _kept_memory(self) -> dict[str, list[NDArray[np.uint8]]]:
         return {}
 
     def _augmentation(self, batch: Batch, camera: int) -> Callable[[Any, int], Any] | None:

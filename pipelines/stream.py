@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -32,6 +32,7 @@ from ray.data import (
     Dataset,
     Datasource,
     ExecutionOptions,
+    ExecutionResources,
 )
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
@@ -51,6 +52,9 @@ GROUPS_AHEAD = 2  # read while an earlier one is handed on
 DECODE_CPUS = 0.66
 """Of a task that decodes; three for two cores, because Ray takes a while to follow one task by the next."""
 MOST_BLOCK_BYTES = 64 * 2**20  # of decoded rows; a block costs Ray some 20 ms of CPU whatever is in it
+COMPRESSED = 4  # times smaller than decoded are JPEG images, at least; PNG is about half
+BLOCKS_AHEAD = 8
+"""Of each worker, where the workers decode."""
 BLOCKS_IN_STORE = 64
 """At least so many have room in the cluster's object store, of which Ray Data takes a half: some are being
 written, some wait, and each worker holds those that it prefetches."""
@@ -58,6 +62,10 @@ NUM_WORKERS, BLOCK_BYTES = "smolvla.num_workers", "smolvla.block_bytes"
 """In the dataset's context, which travels with its tasks."""
 REST_S = 0.05
 """Half of what Ray waits by itself for a task."""
+
+
+Decoding = Literal["tasks", "workers"]
+"""Who decodes: tasks of Ray Data, on any node, or threads of the train workers, from their nodes' CPUs."""
 
 
 class Unhurried(ExecutionCallback):
@@ -84,10 +92,16 @@ class MicroBatchSource(Datasource):
     """The micro-batches [start, stop), their images still compressed."""
 
     def __init__(
-        self, reader: "ray.ObjectRef[SampleReader]", per_group: int, *, start: int, stop: int
+        self,
+        reader: "ray.ObjectRef[SampleReader]",
+        per_group: int,
+        *,
+        start: int,
+        stop: int,
+        decoding: Decoding,
     ) -> None:
         super().__init__()
-        self._read = functools.partial(_encoded_blocks, reader, per_group, start, stop)
+        self._read = functools.partial(_encoded_blocks, reader, per_group, start, stop, decoding)
         groups = range(start // per_group, -(-stop // per_group))
         several = -(-len(groups) // MOST_READ_TASKS)
         self.spans = [groups[i : i + several] for i in range(0, len(groups), several)]
@@ -107,7 +121,12 @@ class MicroBatchSource(Datasource):
 
 
 def _encoded_blocks(
-    ref: "ray.ObjectRef[SampleReader]", per_group: int, start: int, stop: int, groups: range
+    ref: "ray.ObjectRef[SampleReader]",
+    per_group: int,
+    start: int,
+    stop: int,
+    decoding: Decoding,
+    groups: range,
 ) -> Iterator[pa.Table]:
     """The blocks of some mixing groups, each one row."""
     reader, context = _local(ref), DataContext.get_current()
@@ -116,7 +135,10 @@ def _encoded_blocks(
         first, last = max(start, group * per_group), min(stop, (group + 1) * per_group)
         blocks = [[m] for m in range(first, last)]
         if num_workers := context.get_config(NUM_WORKERS):
-            size = reader.batches_per_block(context.get_config(BLOCK_BYTES))
+            compressed = decoding == "workers" and not reader.from_features
+            size = reader.batches_per_block(
+                context.get_config(BLOCK_BYTES) * (COMPRESSED if compressed else 1)
+            )
             blocks = list(shares(first, last, start=start, num_workers=num_workers, size=size))
         started = time.perf_counter()
         tables = reader.encoded_blocks(group, blocks)
@@ -124,7 +146,8 @@ def _encoded_blocks(
         read_s = (time.perf_counter() - started) / ((last - first) * reader.config.micro_batch)
         return (_one_row(table.append_column("read_s", pa.array([read_s] * len(table)))) for table in tables)
 
-    if groups.start * per_group <= start and (num_workers := context.get_config(NUM_WORKERS)):
+    num_workers = context.get_config(NUM_WORKERS)
+    if decoding == "tasks" and groups.start * per_group <= start and num_workers:
         # Empty blocks, whole rounds of them: the processes that decode start while the first rows are read.
         for _ in range(num_workers * -(-FIRST_DECODERS // num_workers)):
             yield EMPTY
@@ -159,7 +182,12 @@ def shares(first: int, last: int, *, start: int, num_workers: int, size: int) ->
 
 
 def micro_batches(
-    reader: SampleReader, *, start: int, stop: int, tower: StreamedTower | None = None
+    reader: SampleReader,
+    *,
+    start: int,
+    stop: int,
+    decoding: Decoding = "tasks",
+    tower: StreamedTower | None = None,
 ) -> Dataset:
     """The micro-batches [start, stop) as a Ray dataset: a block each, or after `deal` several a block.
 
@@ -170,12 +198,30 @@ def micro_batches(
         reader: what to read and how.
         start: first micro-batch: samples seen / micro-batch.
         stop: one past the last.
+        decoding: who turns encoded rows into arrays; the workers do it by `pipelines.tensors.Decoded`.
         tower: actors that turn the images into features on the way.
     """
+    assert tower is None or decoding == "tasks"
     ref = ray.put(reader)  # once, however many tasks there are
+    per_group = reader.plan.batches_per_group
+    source = MicroBatchSource(ref, per_group, start=start, stop=stop, decoding=decoding)
+    # It counts as no CPUs: while it waits it must not keep one from decoding.
+    encoded = ray.data.read_datasource(
+        source, override_num_blocks=len(source.spans), concurrency=1, num_cpus=0
+    )
+    blocks = encoded if decoding == "workers" else _decoded(encoded, reader, ref, tower)
+    blocks.context.target_max_block_size = 1  # any row is larger, so each becomes a block at once
+    blocks.context.custom_execution_callback_classes = [Unhurried]
+    return blocks
+
+
+def _decoded(
+    encoded: Dataset, reader: SampleReader, ref: "ray.ObjectRef[SampleReader]", tower: StreamedTower | None
+) -> Dataset:
+    """Decoding in tasks, anywhere in the cluster, and the tower behind it if there is one."""
 
     def decode(block: pa.Table) -> Batch:
-        started, rows = time.perf_counter(), _all_rows(block)
+        started, rows = time.perf_counter(), all_rows(block)
         local = _local(ref)  # also for an empty block: the first of them are there to make it ready
         if not len(rows):
             return {"micro_batch": np.empty((1, 0), dtype=np.int64)}
@@ -184,11 +230,6 @@ def micro_batches(
         batch[STAGE_SECONDS] = np.tile(np.array(seconds, dtype=np.float32), (len(rows), 1))
         return {name: values[None] for name, values in batch.items()}
 
-    source = MicroBatchSource(ref, reader.plan.batches_per_group, start=start, stop=stop)
-    # It counts as no CPUs: while it waits it must not keep one from decoding.
-    encoded = ray.data.read_datasource(
-        source, override_num_blocks=len(source.spans), concurrency=1, num_cpus=0
-    )
     blocks = encoded.map_batches(
         decode, num_cpus=DECODE_CPUS, batch_size=None, batch_format="pyarrow", zero_copy_batch=True
     )
@@ -202,8 +243,6 @@ def micro_batches(
             num_cpus=tower.cpus,
             num_gpus=tower.gpus,
         )
-    blocks.context.target_max_block_size = 1  # any row is larger, so each becomes a block at once
-    blocks.context.custom_execution_callback_classes = [Unhurried]
     return blocks
 
 
@@ -212,16 +251,34 @@ def deal(dataset: Dataset, *, num_workers: int) -> None:
 
     Worker r of W has the m with (m - start) % W == r.
     """
-    store = int(ray.cluster_resources()["object_store_memory"])
     dataset.context.set_config(NUM_WORKERS, num_workers)
-    dataset.context.set_config(BLOCK_BYTES, min(store // BLOCKS_IN_STORE, MOST_BLOCK_BYTES))
+    dataset.context.set_config(BLOCK_BYTES, _block_bytes())
+
+
+def _block_bytes() -> int:
+    """Of decoded rows, that a block has at most."""
+    store = int(ray.cluster_resources()["object_store_memory"])
+    return min(store // BLOCKS_IN_STORE, MOST_BLOCK_BYTES)
+
+
+def execution_options(decoding: Decoding, *, num_workers: int) -> ExecutionOptions:
+    """In order, and not further ahead than is of use.
+
+    Ray Data fills half of the object store: with rows that it would have read anyway, but memory that others
+    could use. Where tasks decode, what they need ahead is for Ray to say.
+    """
+    options = ExecutionOptions(preserve_order=True)
+    if decoding == "workers":
+        ahead = num_workers * BLOCKS_AHEAD * _block_bytes()
+        options.resource_limits = ExecutionResources.for_limits(object_store_memory=ahead)
+    return options
 
 
 class DealtToWorkers(DataConfig):
     """Ray Train's split of the stream: in order, and dealt to as many workers as there are at this start."""
 
-    def __init__(self) -> None:
-        super().__init__(execution_options=ExecutionOptions(preserve_order=True))
+    def __init__(self, options: ExecutionOptions) -> None:
+        super().__init__(execution_options=options)
 
     def configure(
         self, datasets: dict[str, Dataset], world_size: int, *args: Any, **kwargs: Any
@@ -243,6 +300,7 @@ class StreamFromCheckpoint:
     num_micro_batches: int
     """Of the whole run."""
     most_workers: int
+    decoding: Decoding = "tasks"
     tower: StreamedTower | None = None
     """Actors that turn images into features on the way."""
 
@@ -251,7 +309,7 @@ class StreamFromCheckpoint:
         start = position(self.storage).samples_seen // self.reader.config.micro_batch
         # One more for each worker, whose first one says where the stream starts: also when no step is left.
         stop = self.num_micro_batches + self.most_workers
-        return micro_batches(self.reader, start=start, stop=stop, tower=self.tower)
+        return micro_batches(self.reader, start=start, stop=stop, decoding=self.decoding, tower=self.tower)
 
 
 def _one_row(table: pa.Table) -> pa.Table:
@@ -263,6 +321,6 @@ def _one_row(table: pa.Table) -> pa.Table:
     )
 
 
-def _all_rows(block: pa.Table) -> pa.Table:
+def all_rows(block: pa.Table) -> pa.Table:
     """What `_one_row` made a row of."""
     return pa.table({name: block[name].combine_chunks().flatten() for name in block.column_names})

@@ -36,7 +36,7 @@ from pipelines.run import Run
 from pipelines.run_storage import START
 from pipelines.samples import SampleReader
 from pipelines.saver import Saver
-from pipelines.stream import DealtToWorkers, StreamFromCheckpoint
+from pipelines.stream import DealtToWorkers, StreamFromCheckpoint, execution_options
 from pipelines.validation import Validation
 from pipelines.watch import IN_STEP, WAITING, Agreement, Watch
 
@@ -84,12 +84,15 @@ def fit(
         run.storage.delete_file("checkpoint_manager_snapshot.json")
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
     workers = cluster.num_workers
+    decoding = "workers" if run.decoder else "tasks"
+    most_workers = workers if isinstance(workers, int) else workers[1]
     stream = StreamFromCheckpoint(
         reader=reader,
         storage=run.storage,
         board=run.board,
         num_micro_batches=run.train.steps * run.train.micro_batches,
-        most_workers=workers if isinstance(workers, int) else workers[1],
+        most_workers=most_workers,
+        decoding=decoding,
         tower=run.tower,
     )
     trainer = TorchTrainer(
@@ -107,7 +110,7 @@ def fit(
         ),
         torch_config=TorchConfig(timeout_s=int(run.collective_timeout_s)),
         datasets={"train": stream},
-        dataset_config=DealtToWorkers(),
+        dataset_config=DealtToWorkers(execution_options(decoding, num_workers=most_workers)),
     )
     return trainer.fit()
 
@@ -134,7 +137,7 @@ def train_worker(run: Run) -> None:
 def _train(run: Run, engine: Engine, feed: Feed, at: Progress, watch: Watch) -> None:
     """From where the policy stands to the last step, or to where the driver wants to stop."""
     saver = Saver(run, watch)
-    decoding_cpus = functools.partial(_decoding_cpus, run)
+    decoding_cpus = functools.partial(_decoding_cpus, run, feed)
     meter = Meter(run, rank=dist.get_rank(), feed=feed, at=at, decoding_cpus=decoding_cpus)
     validation = Validation.of(
         run.validation, last_step=run.train.steps, folder=run.folder, show=run.writer.predictions
@@ -162,8 +165,10 @@ def _train(run: Run, engine: Engine, feed: Feed, at: Progress, watch: Watch) -> 
     agreement.settled()
 
 
-def _decoding_cpus(run: Run) -> float:
-    """CPUs of the cluster that neither the run's workers nor its tower take."""
+def _decoding_cpus(run: Run, feed: Feed) -> float:
+    """CPUs that decode: the workers' threads, or what neither workers nor tower take of the cluster."""
+    if feed.decoding_threads:
+        return float(feed.decoding_threads * dist.get_world_size())
     mine = ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0)
     taken = mine * dist.get_world_size() + (run.tower.actors * run.tower.cpus if run.tower else 0.0)
     return max(ray.cluster_resources().get("CPU", 0.0) - taken, 1.0)

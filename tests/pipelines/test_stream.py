@@ -15,8 +15,8 @@ from toys import LENGTHS, TASKS, with_cut_image
 
 from pipelines.dataset import open_dataset
 from pipelines.samples import SampleReader, Source, StreamConfig
-from pipelines.stream import deal, micro_batches, shares
-from pipelines.tensors import ToTorch, unpacked
+from pipelines.stream import deal, execution_options, micro_batches, shares
+from pipelines.tensors import Decoded, Unpacked
 from smolvla.data_utils import tokenize_tasks
 from smolvla.features import Normalizer
 
@@ -171,21 +171,24 @@ def test_task_tokens_belong_to_the_row(reader):
 
 
 def test_ray_gives_worker_r_the_micro_batches_of_the_plan_from_any_position(reader, ray_session, monkeypatch):
-    """In the last one, a read task takes several mixing groups."""
+    """In two of them, a read task takes several mixing groups; in one, the workers decode."""
     expected = {}
     for group in range(8):
         for encoded in reader.encoded(group):
             batch = reader.decoded(encoded)
             expected[int(batch["micro_batch"][0])] = batch
-    for workers, start, count, dealt in ((2, 6, 6, False), (1, 0, 6, True), (3, 5, 24, True)):
+    cases = [(2, 6, 6, "none"), (1, 0, 6, "tasks"), (3, 5, 24, "tasks"), (2, 5, 24, "workers")]
+    for workers, start, count, dealt in cases:
         monkeypatch.setattr("pipelines.stream.MOST_READ_TASKS", 2 if count > 6 else 256)
-        dataset = micro_batches(reader, start=start, stop=start + count)
-        if dealt:
+        decoding = "workers" if dealt == "workers" else "tasks"
+        dataset = micro_batches(reader, start=start, stop=start + count, decoding=decoding)
+        if dealt != "none":
             deal(dataset, num_workers=workers)
-        dataset.context.execution_options.preserve_order = True
+        dataset.context.execution_options = execution_options(decoding, num_workers=workers)
+        decoder = reader if decoding == "workers" else None
         task = ray_session.remote(num_cpus=0)(consumed)
         shares = ray_session.get(
-            [task.remote(split) for split in dataset.streaming_split(workers, equal=True)]
+            [task.remote(split, decoder) for split in dataset.streaming_split(workers, equal=True)]
         )
         for rank, batches in enumerate(shares):
             numbers = [batch["micro_batch"].tolist() for batch in batches]
@@ -203,6 +206,8 @@ def test_images_are_decoded_into_memory_that_nobody_holds_any_more(reader):
     np.testing.assert_array_equal(held, copy)
     assert not np.shares_memory(held, second)
     place = second.__array_interface__["data"][0]
+    third = reader.decoded(tables[2])[camera]
+    assert not np.shares_memory(second, third)
     del second
     assert reader.decoded(tables[2])[camera].__array_interface__["data"][0] == place
 
@@ -214,10 +219,15 @@ def test_a_process_that_decodes_waits_for_no_import_of_torch_and_transformers():
     assert done.stdout.split() == []
 
 
-def consumed(split):
+def consumed(split, decoder):
     """What a worker sees of its share."""
-    blocks = split.iter_torch_batches(batch_size=None, collate_fn=ToTorch(), device="cpu")
-    return [{name: tensor.numpy().copy() for name, tensor in batch.items()} for batch in unpacked(blocks, 8)]
+    batches = Unpacked(split, 8, pin_memory=False)
+    if decoder is not None:
+        batches = Decoded(decoder, split.iter_batches(batch_size=None, batch_format="pyarrow"), threads=3)
+    found = [{name: tensor.numpy().copy() for name, tensor in batch.items()} for batch in batches]
+    assert batches.rows_ready == sum(len(batch["action"]) for batch in found)
+    assert all((batch["stage_seconds"][:, :2] > 0).all() for batch in found)
+    return found
 
 
 def assert_same_batch(found, expected, cameras):

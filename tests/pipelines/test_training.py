@@ -116,8 +116,9 @@ def test_transformers_trainer_gives_the_losses_of_the_ray_loop(uninterrupted, to
 
 @pytest.fixture(scope="module")
 def interrupted(ray_session, toy, tmp_path_factory):
-    """As `uninterrupted`, but validated, averaged and with few checkpoints kept; rank 1 hangs at step 12, and
-    rank 0 is killed while it saves step 30. Returns (run, pid of the one that hung, what the others said)."""
+    """As `uninterrupted`, but validated, averaged, with few checkpoints kept and decoded by the workers; rank
+    1 hangs at step 12, and rank 0 is killed while it saves step 30. Returns (run, pid of the one that hung,
+    what the others said)."""
     dataset, _, reader = toy
     _, held_out = split(reader.sources[0], held_out_named(dataset, (2, 9), flag="validation.episodes"))
     config = ValidationConfig(every=5, max_frames=7, seed=0)
@@ -126,6 +127,7 @@ def interrupted(ray_session, toy, tmp_path_factory):
         new_run(folder, toy, ema_decay=0.9),
         validation=HeldOut(reader=replace(reader, sources=[held_out]), config=config),
         keep=Retention(newest=1, best=1),
+        decoder=reader,
         board=start_board(),
         collective_timeout_s=8,
         writer=PacedWriter(folder / "points.jsonl"),
@@ -164,7 +166,7 @@ def test_a_worker_that_hangs_is_named_and_ended(interrupted):
     assert not psutil.pid_exists(pid)
 
 
-def test_neither_dead_workers_nor_validation_nor_an_average_changes_a_loss_or_loses_a_row(
+def test_neither_deaths_nor_validation_nor_an_average_nor_who_decodes_changes_a_loss_or_loses_a_row(
     uninterrupted, interrupted
 ):
     run = interrupted[0]
