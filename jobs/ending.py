@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,7 +82,8 @@ def end_with_input() -> None:
 
 
 def _until_input_ends() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):  # not through sys.stdin, whose lock this thread would hold when Python ends
+        pass
     time.sleep(ORPHAN_WAITS_S)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(FAREWELL_S)
