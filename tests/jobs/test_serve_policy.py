@@ -52,7 +52,7 @@ class Served:
     def __init__(self, process, url, log, folder):
         self.process, self.url, self.log = process, url, log
         self.policy = SmolVLAPolicy.from_pretrained(folder).eval()
-        self.begun = time.monotonic()
+        self.session_used = 0.0
 
     def robot(self, **settings):
         return RobotClient(self.url, TOKEN, timeout_s=60, **settings)
@@ -123,18 +123,14 @@ def served(services, folder, tmp_path_factory):
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         found = Served(process, f"http://127.0.0.1:{port}/toy", log, folder)
-        status, _ = found_session(found)
-        assert status == 200
+        message = {"observation": observation(0), "session": "soon forgotten"}
+        assert posted(found, message)[0] == 200
+        found.session_used = time.monotonic()
         yield found
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
-
-
-def found_session(served):
-    """Ask in the session that a later test finds expired."""
-    return posted(served, {"observation": observation(0), "session": "soon forgotten"})
 
 
 def posted(served, message, *, kind=MSGPACK, body=None, token: str | None = TOKEN, content_type=None):
@@ -202,7 +198,7 @@ def test_the_websocket_answers_in_the_form_that_it_was_asked_in(served):
 
 def test_robots_that_ask_together_share_passes_and_are_answered_as_alone(served):
     """Two chunks each: one by itself, one that goes on after as many executed actions as its number."""
-    start = threading.Barrier(CLIENTS)
+    start = threading.Barrier(CLIENTS, timeout=60)
 
     def ask(number):
         size = (60, 80) if number else (48, 64)  # one has other cameras, and can share a pass with nobody
@@ -509,7 +505,7 @@ def test_ray_exports_requests_latencies_batches_and_sessions(served, ray_session
 
 
 def test_a_session_that_nobody_used_is_forgotten(served):
-    time.sleep(max(served.begun + IDLE_S + 1 - time.monotonic(), 0))
+    time.sleep(max(served.session_used + IDLE_S + 1 - time.monotonic(), 0))
     message = {"observation": observation(0), "session": "soon forgotten", "executed": 1}
     status, told = posted(served, message)
     assert (status, told["field"]) == (409, "executed")
