@@ -5,6 +5,9 @@ python benchmarks/stream.py [--quick] [--source <LeRobot v3.0 dataset with video
 Sides take turns, the median of their rounds counts, and nothing else should run: the ratios named *_cpu, of
 CPU seconds of all processes of a side, suffer least when something does. The last line is one JSON object:
 
+The stream decodes in threads of the consumer, as train workers on one machine do by default; *_tasks are of
+the stream whose rows are decoded by tasks of Ray Data, as on a cluster with nodes that do not train.
+
 per_core_efficiency     rows a CPU second of the stream (Ray's own processes and the consumer included) over
                         those of a bare loop in one process that reads the same rows, decodes and shrinks.
 vs_dataloader           rows a second over those of a torch DataLoader with 2 workers over the same files: a
@@ -56,7 +59,6 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 
 import ray  # noqa: E402
-from ray.data import ExecutionOptions  # noqa: E402
 
 from pipelines import output, sealing, writer  # noqa: E402
 from pipelines.dataset import open_dataset  # noqa: E402
@@ -64,8 +66,8 @@ from pipelines.images import decoded_image, shrunk  # noqa: E402
 from pipelines.plan import Plan, Rows  # noqa: E402
 from pipelines.samples import SampleReader, Source, StreamConfig  # noqa: E402
 from pipelines.sources.lerobot import LeRobotSource  # noqa: E402
-from pipelines.stream import deal, micro_batches  # noqa: E402
-from pipelines.tensors import ToTorch, unpacked  # noqa: E402
+from pipelines.stream import Decoding, deal, execution_options, micro_batches  # noqa: E402
+from pipelines.tensors import Decoded, Unpacked  # noqa: E402
 from smolvla.data_utils import tokenize_tasks  # noqa: E402
 from smolvla.features import Normalizer  # noqa: E402
 
@@ -172,19 +174,23 @@ def sample_reader(path: Path) -> SampleReader:
     return SampleReader([source], StreamConfig(), chunk_size=CHUNK, image_box=BOX)
 
 
-def stream(reader: SampleReader, *, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+def stream(
+    reader: SampleReader, *, start: int = 0, decoding: Decoding = "workers"
+) -> Iterator[dict[str, torch.Tensor]]:
     """The micro-batches of one worker, without end."""
     start_ray()
-    dataset = micro_batches(reader, start=start, stop=1_600_000)  # 200,000 steps of 64
+    dataset = micro_batches(reader, start=start, stop=1_600_000, decoding=decoding)  # 200,000 steps of 64
     deal(dataset, num_workers=1)
-    dataset.context.execution_options = ExecutionOptions(preserve_order=True)
+    dataset.context.execution_options = execution_options(decoding, num_workers=1)
     (split,) = dataset.streaming_split(1, equal=True)
-    blocks = split.iter_torch_batches(batch_size=None, prefetch_batches=2, collate_fn=ToTorch(), device="cpu")
-    return unpacked(blocks, reader.config.micro_batch)
+    if decoding == "tasks":
+        return iter(Unpacked(split, reader.config.micro_batch, pin_memory=False))
+    blocks = split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    return iter(Decoded(reader, blocks, threads=len(os.sched_getaffinity(0))))
 
 
-def stream_rows(reader: SampleReader) -> Iterator[int]:
-    for expected, batch in enumerate(stream(reader)):
+def stream_rows(reader: SampleReader, *, decoding: Decoding = "workers") -> Iterator[int]:
+    for expected, batch in enumerate(stream(reader, decoding=decoding)):
         assert batch["micro_batch"].tolist() == [expected] * len(batch["micro_batch"])
         yield len(batch["micro_batch"])
 
@@ -236,6 +242,7 @@ def rates(path: Path, *, rounds: int, rows: int) -> dict[str, float]:
     reader = sample_reader(path)
     sides: dict[str, Loader] = {
         "stream": lambda: stream_rows(reader),
+        "tasks": lambda: stream_rows(reader, decoding="tasks"),
         "bare": lambda: bare_rows(reader),
         "dataloader": lambda: loader_rows(reader),
     }
@@ -243,6 +250,7 @@ def rates(path: Path, *, rounds: int, rows: int) -> dict[str, float]:
         found = compared(sides, rounds=rounds, rows=rows)
     ratios = {
         "per_core_efficiency": median_ratio(found["stream"], found["bare"], "cpu"),
+        "per_core_efficiency_tasks": median_ratio(found["tasks"], found["bare"], "cpu"),
         "vs_dataloader": median_ratio(found["stream"], found["dataloader"], "wall"),
         "vs_dataloader_cpu": median_ratio(found["stream"], found["dataloader"], "cpu"),
     }

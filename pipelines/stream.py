@@ -2,9 +2,9 @@
 
 One Ray Data dataset a run. A read task takes mixing groups of the plan, one after the other: it reads the row
 groups, cuts the action windows, shuffles the rows while they are still compressed, and hands them on in
-blocks; a second step decodes, shrinks, normalises and looks up the task's tokens. A block holds whole
-micro-batches of one worker and the order of blocks is preserved, so worker r of W receives the micro-batches
-m with (m - start) % W == r. The worker checks that instead of believing it.
+blocks; a second step, in tasks or in the workers, decodes, shrinks, normalises and looks up the task's
+tokens. A block holds whole micro-batches of one worker and the order of blocks is preserved, so worker r of W
+receives the micro-batches m with (m - start) % W == r. The worker checks that instead of believing it.
 
 One read task runs at a time. What others read meanwhile would come later in the order, fill the share of the
 object store that Ray allows for encoded blocks, and leave none for the block that is waited for.
