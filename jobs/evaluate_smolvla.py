@@ -415,7 +415,8 @@ def judged(job: EvaluateSmolVLA, prepared: Prepared) -> dict[str, Any]:
     """Evaluate as a run of MLflow; returns the figures of the report line."""
     held_out = prepared.held_out
     datasets = [source.dataset for source in held_out.reader.sources] if held_out else []
-    with tracked(job.tracking, prepared.policy, params=params(job, prepared), datasets=datasets) as told:
+    shown, policy = params(job, prepared), prepared.policy
+    with tracked(job.tracking, policy, params=shown, datasets=datasets, blind=job.blank_images) as told:
         run, recorder = told
         figures = evaluate(job, prepared, recorder)
     return figures | {"mlflow": run.link}

@@ -59,10 +59,10 @@ def offline_table(found: Sequence[Report]) -> str:
 
 
 class Recorder:
-    """What MLflow is told; curves go to the run of the training, too."""
+    """What MLflow is told, by names that begin with the group; curves go to the run of the training, too."""
 
-    def __init__(self, run: TrackedRun, policy: Policy, parent: str | None) -> None:
-        self._run, self._policy, self._parent = run, policy, parent
+    def __init__(self, run: TrackedRun, policy: Policy, parent: str | None, *, group: str) -> None:
+        self._run, self._policy, self._parent, self._group = run, policy, parent, group
         self._broke_off: Callable[[], None] | None = None
 
     @contextlib.contextmanager
@@ -86,12 +86,11 @@ class Recorder:
     def offline(self, found: Sequence[Report], held_out: HeldOut, answers: Answers) -> None:
         """Losses and errors as metrics, all of it as a table, the chunks as a picture."""
         whole = found[0]
-        values = {"eval/loss": whole.loss, "eval/frames": float(whole.frames)}
-        values |= {f"eval/relative_mae/{ahead}": value for ahead, value in whole.relative().items()}
+        values = {"loss": whole.loss, "frames": float(whole.frames)}
+        values |= {f"relative_mae/{ahead}": value for ahead, value in whole.relative().items()}
         # numbered as in training: the beginnings of two tasks' texts may be one
         values |= {
-            f"eval/loss/task_{number}_{slug(report.name)}": report.loss
-            for number, report in enumerate(found[1:])
+            f"loss/task_{number}_{slug(report.name)}": report.loss for number, report in enumerate(found[1:])
         }
         self._metrics(values)
         client, run_id = self._run.client, self._run.run_id
@@ -116,14 +115,14 @@ class Recorder:
         for task, row in named:
             low, high = row.interval
             name = f"{task}/n{row.n_action_steps}"
-            rates[f"eval/success_rate/{name}"] = row.rate
-            own |= {f"eval/success_low/{name}": low, f"eval/success_high/{name}": high}
-            own |= {f"eval/actions_until_solved/{name}": row.steps, f"eval/episodes/{name}": row.episodes}
+            rates[f"success_rate/{name}"] = row.rate
+            own |= {f"success_low/{name}": low, f"success_high/{name}": high}
+            own |= {f"actions_until_solved/{name}": row.steps, f"episodes/{name}": row.episodes}
         if complete:
             self._metrics(rates)
         else:
             own |= rates
-        own |= {f"eval/chunk_ms/{name}": value for name, value in latency.items()}
+        own |= {f"chunk_ms/{name}": value for name, value in latency.items()}
         self._log(self._run.run_id, own)
         table = {
             "task": [one.play.task for one in played],
@@ -154,7 +153,7 @@ class Recorder:
 
     def _log(self, run_id: str, values: dict[str, float]) -> None:
         now, step = int(time.time() * 1000), self._policy.step or 0
-        real = {name: value for name, value in values.items() if not math.isnan(value)}
+        real = {f"{self._group}/{name}": value for name, value in values.items() if not math.isnan(value)}
         self._run.client.log_batch(
             run_id, metrics=[Metric(name, value, now, step) for name, value in real.items()]
         )
@@ -167,8 +166,13 @@ def tracked(
     *,
     params: Mapping[str, Any],
     datasets: Sequence[EpisodeDataset],
+    blind: bool = False,
 ) -> Iterator[tuple[TrackedRun, Recorder]]:
-    """The MLflow run of an evaluation; it ends as the evaluation ends."""
+    """The MLflow run of an evaluation; it ends as the evaluation ends.
+
+    That of a policy that was shown black pictures has names of its own, so that no curve of the training
+    mixes what it can with what it can without its eyes.
+    """
     parent = _known_parent(options, policy)
     tags = tracking.source_tags() | {"kind": "evaluation", "policy": policy.path}
     if policy.checkpoint:
@@ -177,12 +181,12 @@ def tracked(
         tags |= {"training_run_id": parent, "mlflow.parentRunId": parent}
     origins = [lineage.origin(dataset) for dataset in datasets]
     tags |= lineage.tags(datasets, origins)
-    name = f"evaluate {policy.name}"
+    name = f"evaluate {policy.name}" + (", blind" if blind else "")
     run = tracking.start_run(options.uri, experiment=options.experiment, name=name, params=params, tags=tags)
     for dataset, origin in zip(datasets, origins, strict=True):
         tracking.log_dataset(run, dataset, origin=origin, context="evaluation")
     print(f"MLflow run: {run.link}", flush=True)
-    recorder = Recorder(run, policy, parent)
+    recorder = Recorder(run, policy, parent, group="eval_blind" if blind else "eval")
     with noticed(lambda _: recorder.killed()) as hand_over:
         try:
             yield run, recorder
