@@ -1,6 +1,6 @@
 """Seconds a step and memory a worker of DDP and FSDP at the published size: two gloo workers on the CPU.
 
-python benchmarks/engine.py [--quick] [--tiny] [--only <case> ...]
+python benchmarks/engine.py [--quick] [--tiny [--all_words]] [--only <case> ...]
 
 float32, one thread a worker, new processes for every case. Nothing else should run: a worker waits for the
 other in every step. The last line is one JSON object:
@@ -69,6 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="two steps of each case instead of five")
     parser.add_argument("--tiny", action="store_true", help="a toy size, to try the script itself")
+    parser.add_argument(
+        "--all_words", action="store_true", help="the toy with the published word embedding, for lookup_ms"
+    )
     parser.add_argument("--batch", type=int, default=1, help="samples of a worker in a step")
     parser.add_argument("--cameras", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases to run")
@@ -97,7 +100,7 @@ def measured(case: Case, flags: argparse.Namespace, *, steps: int) -> dict[str, 
     context = multiprocessing.get_context("spawn")
     with context.Pool(case.num_workers) as pool:
         jobs = [
-            (case, rank, address, steps, flags.batch, flags.cameras, flags.tiny)
+            (case, rank, address, steps, flags.batch, flags.cameras, flags.tiny, flags.all_words)
             for rank in range(case.num_workers)
         ]
         found = pool.starmap(worker, jobs, chunksize=1)
@@ -117,10 +120,11 @@ def worker(
     batch: int,
     cameras: int,
     tiny: bool,  # noqa: FBT001
+    all_words: bool,  # noqa: FBT001
 ) -> dict[str, Any]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=case.num_workers)
-    policy = build_policy(num_cameras=cameras, tiny=tiny)
+    policy = build_policy(num_cameras=cameras, tiny=tiny, all_words=all_words)
     columns = build_columns(policy, batch=batch)
     words = columns[TOKENS].unique().numpy() if case.words_known else None
     engine = Engine(policy.train(), train_config(case, steps=steps, batch=batch), words=words)

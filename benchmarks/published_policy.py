@@ -38,16 +38,21 @@ STATE_DIM, ACTION_DIM = 6, 6
 NUM_TOKENS = 48
 
 
-def build_policy(*, num_cameras: int, tiny: bool) -> SmolVLAPolicy:
-    """Random weights in float32; `tiny` cuts the VLM to 2 layers of each kind and images of 128 pixels."""
+def build_policy(*, num_cameras: int, tiny: bool, all_words: bool = False) -> SmolVLAPolicy:
+    """Random weights in float32; `tiny` cuts the VLM to 2 layers of each kind and images of 128 pixels.
+
+    With `all_words` a tiny one still has the published text width and vocabulary.
+    """
     vlm = json.loads(json.dumps(VLM))
     side = 512
     if tiny:
         side = vlm["vision_config"]["image_size"] = 128
         vlm["vision_config"] |= {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
         vlm["vision_config"]["intermediate_size"] = 96
-        vlm["text_config"] |= {"num_hidden_layers": 2, "vocab_size": 512, "hidden_size": 192}
-        vlm["text_config"] |= {"num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 256}
+        vlm["text_config"]["num_hidden_layers"] = 2
+    if tiny and not all_words:
+        vlm["text_config"] |= {"vocab_size": 512, "hidden_size": 192, "intermediate_size": 256}
+        vlm["text_config"] |= {"num_attention_heads": 3, "num_key_value_heads": 1}
     cameras = {
         f"observation.images.camera{i}": {"type": "VISUAL", "shape": [3, 480, 640]}
         for i in range(num_cameras)
