@@ -8,6 +8,7 @@ The connection is the session: for real-time chunking it is enough to say how mu
 executed.
 """
 
+import contextlib
 import json
 import time
 import urllib.error
@@ -49,6 +50,7 @@ class RobotClient:
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeout_s, self._jpeg_quality = timeout_s, jpeg_quality
         self._socket: ClientConnection | None = None
+        self._connection = contextlib.ExitStack()
         self._session_has_chunk = False
         self._chunk: NDArray[Any] | None = None
         self.answer: dict[str, Any] = {}
@@ -62,8 +64,7 @@ class RobotClient:
 
     def close(self) -> None:
         """End the connection, and with it the session."""
-        if self._socket is not None:
-            self._socket.close()
+        self._connection.close()
         self._socket, self._session_has_chunk = None, False
 
     def metadata(self) -> dict[str, Any]:
@@ -152,7 +153,7 @@ class RobotClient:
         if self._socket is None:
             left = max(deadline - time.monotonic(), RETRY_S)
             try:
-                self._socket = connect(
+                connection = connect(
                     self._socket_url,
                     additional_headers=self._headers,
                     open_timeout=left,
@@ -160,6 +161,7 @@ class RobotClient:
                     max_size=MOST_BYTES,
                     compression=None,  # images do not get smaller, and chunks are small
                 )
+                self._socket = self._connection.enter_context(connection)
             except InvalidStatus as error:
                 if error.response.status_code == AWAY:
                     raise
