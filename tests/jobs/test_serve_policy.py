@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from websockets.sync.client import connect
 
+from infra.local.services import RAY_FILES
 from jobs import serve_policy
 from jobs.command_line import parsed
 from jobs.serve_policy import ServePolicy
@@ -481,18 +482,26 @@ def test_an_alias_is_served_as_the_version_that_it_has_now(services):
 # ---- over time; in this order -----------------------------------------------------------------------------
 
 
-def test_ray_exports_requests_latencies_batches_and_sessions(served, ray_session):
-    (node,) = ray_session.nodes()
+def exported():
+    """The lines of every exporter of the cluster, found as Prometheus finds them."""
+    lines = []
+    for entry in json.loads((RAY_FILES / "prom_metrics_service_discovery.json").read_text()):
+        for target in entry["targets"]:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                lines += answer.read().decode().splitlines()
+    return lines
+
+
+def test_ray_exports_requests_latencies_batches_and_sessions(served):
     wanted = {
         "ray_smolvla_served_seconds_count": 'status="200"',
         "ray_smolvla_served_batch_size_bucket": 'policy="toy"',
         "ray_smolvla_served_sessions": 'policy="toy"',
-        "ray_serve_deployment_processing_latency_ms_count": "BatchedPolicy",
+        "ray_serve_deployment_processing_latency_ms": "BatchedPolicy",
     }
     deadline = time.monotonic() + 30
     while True:
-        url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
-        lines = urllib.request.urlopen(url, timeout=10).read().decode().splitlines()
+        lines = exported()
         missing = {
             name
             for name, tag in wanted.items()
@@ -500,7 +509,7 @@ def test_ray_exports_requests_latencies_batches_and_sessions(served, ray_session
         }
         if not missing:
             break
-        assert time.monotonic() < deadline, missing
+        assert time.monotonic() < deadline, (missing, [line for line in lines if "served" in line])
         time.sleep(0.5)
 
 
