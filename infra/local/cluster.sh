@@ -166,7 +166,8 @@ up() {
     write_environment
     runs services || start_services
     runs head || start_node head --head --port 6379 --num-cpus 0 --dashboard-host "${ADDRESS[head]}" --dashboard-port 8265
-    wait_for "Ray's head" listens "${ADDRESS[head]}" 6379
+    # It listens before it is a node, and a worker that finds no head among the nodes gives up.
+    wait_for "Ray's head" nodes 1
     local worker
     for worker in worker1 worker2; do
         runs "$worker" || start_node "$worker" --address "${ADDRESS[head]}:6379" --num-cpus "$CPUS"

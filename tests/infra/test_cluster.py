@@ -44,9 +44,10 @@ def missing():
     """Why this machine cannot be several."""
     if os.getuid() != 0 or shutil.which("ip") is None:
         return "network namespaces need root and iproute2"
-    if subprocess.run(["ip", "netns", "add", "smolvla-probe"], capture_output=True).returncode:
+    probe = f"smolvla-probe-{os.getpid()}"  # every process of the tests looks
+    if subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode:
         return "this machine allows no network namespaces"
-    subprocess.run(["ip", "netns", "delete", "smolvla-probe"], check=True)
+    subprocess.run(["ip", "netns", "delete", probe], check=True)
     return "" if list(Path("/usr/lib/postgresql").glob("*/bin/postgres")) else "no PostgreSQL"
 
 
