@@ -62,7 +62,7 @@ class Machines:
         self.environment = os.environ | FAILS_FAST | {"SMOLVLA_CLUSTER": str(self.state)}
 
     def call(self, *words):
-        subprocess.run([SCRIPT, *words], check=True, timeout=300, env=self.environment)
+        subprocess.run([SCRIPT, *words], check=True, timeout=600, env=self.environment)
 
     def variables(self):
         """What a client sources."""
