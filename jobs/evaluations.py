@@ -76,7 +76,7 @@ class Evaluations:
         self._said = ""
         self._trains, self._closing = threading.Event(), threading.Event()
         self._trains.set()
-        self._waits_since = 0.0
+        self._waits_since = time.monotonic()
         self.counts: dict[str, int] = {}
         """How many ended how in this job."""
         self._thread = threading.Thread(target=self._work, daemon=True, name="evaluations")
