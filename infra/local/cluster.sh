@@ -168,12 +168,16 @@ up() {
     runs head || start_node head --head --port 6379 --num-cpus 0 --dashboard-host "${ADDRESS[head]}" --dashboard-port 8265
     # It listens before it is a node, and a worker that finds no head among the nodes gives up.
     wait_for "Ray's head" nodes 1
+    wait_for "Ray's workers" workers_joined
+    status
+}
+
+workers_joined() { # one that gave up, as on a machine that was too busy to answer the head, starts again
     local worker
     for worker in worker1 worker2; do
         runs "$worker" || start_node "$worker" --address "${ADDRESS[head]}:6379" --num-cpus "$CPUS"
     done
-    wait_for "Ray's workers" nodes 3
-    status
+    nodes 3
 }
 
 status() {

@@ -29,9 +29,9 @@ from pipelines.run_storage import RunStorage
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "infra/local/cluster.sh"
 FAILS_FAST = {  # a node that is cut off is given up after seconds instead of a minute
-    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_initial_delay_ms": "20000",  # a node that starts on a busy machine is slow to answer
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_timeout_ms": "4000",
     "RAY_health_check_failure_threshold": "4",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
