@@ -185,7 +185,8 @@ def stream(
     (split,) = dataset.streaming_split(1, equal=True)
     if decoding == "tasks":
         return iter(Unpacked(split, reader.config.micro_batch, pin_memory=False))
-    blocks = split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    whole: Any = None  # blocks; Ray's hint knows only numbers of rows
+    blocks = split.iter_batches(batch_size=whole, batch_format="pyarrow", prefetch_batches=2)
     return iter(Decoded(reader, blocks, threads=len(os.sched_getaffinity(0))))
 
 
