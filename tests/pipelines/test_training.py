@@ -133,20 +133,25 @@ def interrupted(ray_session, toy, tmp_path_factory):
         writer=PacedWriter(folder / "points.jsonl"),
     )
     said, pids, saved = ExceptionWriter(folder.with_name("said")), [], run.folder / folder_name(30)
+    over = threading.Event()
 
     def stop():
         pids.append(pid_of(run, rank=1))
         os.kill(pids[0], signal.SIGSTOP)
 
     def kill_while_saving():
-        wait_until(saved.exists, look_every_s=0.005)
+        while not saved.exists():  # however long a slow machine takes to get there
+            assert not over.wait(0.005), "the run ended without a save of step 30"
         os.kill(points(run)[-1]["pid"], signal.SIGKILL)
         assert not (saved / "MANIFEST.json").exists(), "the save was over"
 
     with ThreadPoolExecutor() as pool:
         watching = pool.submit(kill_while_saving)
         watcher = when(run, 12, stop)
-        training.fit(run, reader, CLUSTER, callbacks=[said])
+        try:
+            training.fit(run, reader, CLUSTER, callbacks=[said])
+        finally:
+            over.set()
         watcher.join()
         watching.result()
     return run, pids[0], said.path.read_text()
@@ -280,11 +285,11 @@ def test_a_loss_that_is_not_finite_again_and_again_ends_the_run_and_names_the_ro
 # ---- nodes and processes that die ----
 
 
-def wait_until(true, *, look_every_s=0.1):
+def wait_until(true):
     deadline = time.monotonic() + READY_WITHIN_S
     while not true():
         assert time.monotonic() < deadline
-        time.sleep(look_every_s)
+        time.sleep(0.1)
 
 
 def assert_same_curve(run, other):
