@@ -215,6 +215,14 @@ def micro_batches(
     return blocks
 
 
+def decoded_and_timed(reader: SampleReader, rows: pa.Table, *, since: float) -> Batch:
+    """Rows of a block as arrays, with `STAGE_SECONDS`; decoding began when `perf_counter` said `since`."""
+    batch = reader.decoded(rows)
+    seconds = [rows["read_s"][0].as_py(), (time.perf_counter() - since) / len(rows), 0.0]
+    batch[STAGE_SECONDS] = np.tile(np.array(seconds, dtype=np.float32), (len(rows), 1))
+    return batch
+
+
 def _decoded(
     encoded: Dataset, reader: SampleReader, ref: "ray.ObjectRef[SampleReader]", tower: StreamedTower | None
 ) -> Dataset:
@@ -225,9 +233,7 @@ def _decoded(
         local = _local(ref)  # also for an empty block: the first of them are there to make it ready
         if not len(rows):
             return {"micro_batch": np.empty((1, 0), dtype=np.int64)}
-        batch = local.decoded(rows)
-        seconds = [rows["read_s"][0].as_py(), (time.perf_counter() - started) / len(rows), 0.0]
-        batch[STAGE_SECONDS] = np.tile(np.array(seconds, dtype=np.float32), (len(rows), 1))
+        batch = decoded_and_timed(local, rows, since=started)
         return {name: values[None] for name, values in batch.items()}
 
     blocks = encoded.map_batches(

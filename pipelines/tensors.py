@@ -9,14 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import cv2
-import numpy as np
 import pyarrow as pa
 import torch
 from ray.data import DataIterator
 from ray.data.collate_fn import NumpyBatchCollateFn
 
-from pipelines.samples import STAGE_SECONDS, Batch, SampleReader
-from pipelines.stream import all_rows
+from pipelines.samples import Batch, SampleReader
+from pipelines.stream import all_rows, decoded_and_timed
 
 AHEAD_A_THREAD = 2  # micro-batches
 
@@ -94,7 +93,7 @@ class Unpacked:
 class Decoded:
     """The micro-batches of blocks with encoded rows: threads of this process decode some ahead, in order.
 
-    Decoded images never pass through the object store, which takes as long as a third of decoding them.
+    Decoded images never pass through the object store: copying them there and back costs (README).
 
     Args:
         reader: knows how.
@@ -137,8 +136,5 @@ class Decoded:
         started = time.perf_counter()
         if not hasattr(self._own, "reader"):
             self._own.reader = replace(self._reader)
-        batch = self._own.reader.decoded(rows)
-        seconds = [rows["read_s"][0].as_py(), (time.perf_counter() - started) / len(rows), 0.0]
-        batch[STAGE_SECONDS] = np.tile(np.array(seconds, dtype=np.float32), (len(rows), 1))
-        tensors = self._to_torch(batch)
+        tensors = self._to_torch(decoded_and_timed(self._own.reader, rows, since=started))
         return {name: t.pin_memory() for name, t in tensors.items()} if self._pin else tensors
