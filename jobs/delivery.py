@@ -29,7 +29,7 @@ from jobs.tracking import CLIENT_ENVIRONMENT, TrackedRun
 from pipelines.dataset import filesystem_of
 from pipelines.files import parted
 from pipelines.metrics import SPOOL as SPOOL_LENGTH
-from pipelines.metrics import gauge
+from pipelines.metrics import HeldGauge
 from pipelines.predictions import Predictions
 from pipelines.run_storage import RunStorage
 
@@ -122,7 +122,7 @@ class Shipper:
         self._latest: tuple[int, dict[str, float]] = (0, {})
         self._closing = threading.Event()
         self._pictures = Pictures(run, storage)
-        self._waiting = gauge(SPOOL_LENGTH, storage.name, "driver")
+        self._waiting = HeldGauge(SPOOL_LENGTH, run=storage.name, rank="driver")
         self._thread = threading.Thread(target=self._ship, daemon=True)
         self._thread.start()
         threading.Thread(target=self._look_at_machines, daemon=True).start()

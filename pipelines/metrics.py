@@ -1,11 +1,16 @@
 """What Prometheus is told of a run: gauges that Ray exports on every node, `ray_` before their names.
 
 A value is set where the code knows it, once an interval of the log, and costs the process microseconds; Ray
-collects it every 10 s (`RAY_metrics_report_interval_ms`). Two tags: run, and rank of the worker or "driver".
+collects it every 10 s (`REPORT_INTERVAL`), and drops a gauge that nobody set for two of these:
+`HeldGauge` sets it again. Two tags: run, and rank of the worker or "driver".
 """
 
+import os
+import threading
+import time
+import weakref
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ray.util.metrics import Gauge
 
@@ -38,20 +43,55 @@ SERVED = (SERVED_SECONDS, SERVED_BATCH, SERVED_SESSIONS)
 the number of requests. Ray Serve's own are beside them."""
 
 
+REPORT_INTERVAL = "RAY_metrics_report_interval_ms"
+SET_AGAIN_EVERY_S = int(os.environ.get(REPORT_INTERVAL, "10000")) / 2000  # twice an interval
+
+
+class HeldGauge(Gauge):
+    """A gauge that keeps its last value for as long as it is there, however seldom it is set.
+
+    Args:
+        exported: name and description.
+        tags: the only ones, the same for each value.
+    """
+
+    def __init__(self, exported: Exported, **tags: str) -> None:
+        super().__init__(exported.name, exported.description, tag_keys=tuple(tags))
+        self.set_default_tags(tags)
+        self._value: float | None = None
+        threading.Thread(target=_set_again, args=(weakref.ref(self),), daemon=True, name="gauge").start()
+
+    def set(self, value: float | None, tags: dict[str, Any] | None = None) -> None:
+        """Export this value from now on."""
+        assert not tags, "a held gauge has one series"
+        self._value = value
+        super().set(value)
+
+    def set_again(self) -> None:
+        """Export the last value as if it were set now."""
+        if self._value is not None:
+            super().set(self._value)
+
+
+def _set_again(reference: "weakref.ref[HeldGauge]") -> None:
+    while True:
+        time.sleep(SET_AGAIN_EVERY_S)
+        held = reference()
+        if held is None:
+            return
+        held.set_again()
+        del held  # else the gauge would live as long as this thread
+
+
 class PointGauges:
     """What a worker exports of its points."""
 
     def __init__(self, run: str, *, rank: int) -> None:
-        self._gauges = {key: gauge(exported, run, str(rank)) for key, exported in OF_POINTS.items()}
+        self._gauges = {
+            key: HeldGauge(exported, run=run, rank=str(rank)) for key, exported in OF_POINTS.items()
+        }
 
     def show(self, values: Mapping[str, float]) -> None:
         """Export a point's values from now on."""
         for key, exported in self._gauges.items():
             exported.set(values[key])
-
-
-def gauge(exported: Exported, run: str, rank: str) -> Gauge:
-    """A gauge of one process for one run."""
-    found = Gauge(exported.name, exported.description, tag_keys=("run", "rank"))
-    found.set_default_tags({"run": run, "rank": rank})
-    return found

@@ -26,10 +26,10 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from ray.util.metrics import Gauge, Histogram
+from ray.util.metrics import Histogram
 
 from pipelines.batched_policy import BatchedPolicy
-from pipelines.metrics import SERVED_SECONDS, SERVED_SESSIONS
+from pipelines.metrics import SERVED_SECONDS, SERVED_SESSIONS, HeldGauge
 from pipelines.questions import Answer, Question, Signature, request_of
 from pipelines.questions import Request as Asked
 from pipelines.sessions import Sessions
@@ -140,9 +140,8 @@ class Gateway:
             boundaries=BOUNDARIES_S,
             tag_keys=("policy", "transport", "status"),
         )
-        self._open = Gauge(SERVED_SESSIONS.name, SERVED_SESSIONS.description, tag_keys=("policy",))
-        for metric in (self._seconds, self._open):
-            metric.set_default_tags({"policy": signature.policy})
+        self._seconds.set_default_tags({"policy": signature.policy})
+        self._open = HeldGauge(SERVED_SESSIONS, policy=signature.policy)
         self._open.set(0)
 
     @app.get("/health")

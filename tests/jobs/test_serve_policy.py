@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exporters import exported_lines
 from PIL import Image
 from websockets.sync.client import connect
 
-from infra.local.services import RAY_FILES
 from jobs import serve_policy
 from jobs.command_line import parsed
 from jobs.serve_policy import ServePolicy
@@ -482,16 +482,6 @@ def test_an_alias_is_served_as_the_version_that_it_has_now(services):
 # ---- over time; in this order -----------------------------------------------------------------------------
 
 
-def exported():
-    """The lines of every exporter of the cluster, found as Prometheus finds them."""
-    lines = []
-    for entry in json.loads((RAY_FILES / "prom_metrics_service_discovery.json").read_text()):
-        for target in entry["targets"]:
-            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-                lines += answer.read().decode().splitlines()
-    return lines
-
-
 def test_ray_exports_requests_latencies_batches_and_sessions(served):
     wanted = {
         "ray_smolvla_served_seconds_count": 'status="200"',
@@ -499,10 +489,10 @@ def test_ray_exports_requests_latencies_batches_and_sessions(served):
         "ray_smolvla_served_sessions": 'policy="toy"',
         "ray_serve_deployment_processing_latency_ms": "BatchedPolicy",
     }
+    posted(served, {"observation": observation(1)})
     deadline = time.monotonic() + 30
     while True:
-        posted(served, {"observation": observation(1)})  # Ray forgets a gauge that nobody sets
-        lines = exported()
+        lines = exported_lines()
         missing = {
             name
             for name, tag in wanted.items()

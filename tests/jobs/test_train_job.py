@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import defaultdict
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from exporters import exported_lines
 from mlflow import MlflowClient
 from PIL import Image
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -29,7 +29,6 @@ from test_ingest_s3 import SECRETS, bucket, server
 from toy_environment import GOAL_STEPS
 from toys import with_cut_image
 
-from infra.local.services import RAY_FILES
 from jobs import command_line, policies, reap_runs, train_smolvla
 from jobs.tracking import TrackingOptions
 from jobs.train_smolvla import TrainJob
@@ -89,13 +88,11 @@ class Jobs:
 
     def scrape(self):
         """Ask every node's exporter once, found as Prometheus finds them."""
-        for entry in json.loads((RAY_FILES / "prom_metrics_service_discovery.json").read_text()):
-            for target in entry["targets"]:
-                with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-                    text = answer.read().decode()
-                for name, tags, value in re.findall(r"^ray_(smolvla_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
-                    tag = dict(re.findall(r'(\w+)="([^"]*)"', tags))
-                    self.scraped[name, tag["run"], tag["rank"]].add(float(value))
+        for name, tags, value in re.findall(
+            r"^ray_(smolvla_\w+)\{(.*)\} (\S+)$", "\n".join(exported_lines()), re.MULTILINE
+        ):
+            tag = dict(re.findall(r'(\w+)="([^"]*)"', tags))
+            self.scraped[name, tag["run"], tag["rank"]].add(float(value))
 
     def wait(self, job, timeout_s=500, meanwhile=lambda: None):
         deadline = time.monotonic() + timeout_s
