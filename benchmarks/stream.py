@@ -87,25 +87,31 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rows; within five minutes on two cores")
     parser.add_argument("--source", default=str(ROOT.parent / "shared/data/lerobot_v30_franka"))
     parser.add_argument(
-        "--only", nargs="*", help="parts: plan, shuffle, shards, rates, video, starvation, scaling"
+        "--only", nargs="*", help="parts: plan, shuffle, scaling, shards, rates, video, starvation"
     )
+    parser.add_argument("--rate_of", help=argparse.SUPPRESS)  # a process of `scaling`: one stream, alone
+    parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+    if flags.rate_of:
+        start_ray(len(os.sched_getaffinity(0)))
+        print(json.dumps(rate(stream_rows(sample_reader(Path(flags.rate_of))), rows=flags.rows)), flush=True)
+        return
     with tempfile.TemporaryDirectory(prefix="stream-benchmark-") as folder:
         results = measure(Path(folder), quick=flags.quick, source=flags.source, only=flags.only)
-    print(json.dumps({name: round(value, 4) for name, value in results.items()}))
+    print(json.dumps({name: round(value, 4) for name, value in results.items()}), flush=True)
 
 
 def measure(folder: Path, *, quick: bool, source: str, only: list[str] | None) -> dict[str, float]:
     parts: dict[str, Callable[[], dict[str, float]]] = {
         "plan": plan_cost,
         "shuffle": shuffle_quality,
+        "scaling": lambda: scaling(generated(folder), rows=1536 if quick else 8192),
         "shards": lambda: many_shards(folder, shards=10_000),
         "rates": lambda: rates(generated(folder), rounds=2 if quick else 5, rows=3072 if quick else 8192),
         "video": lambda: video(source, folder, rows=768 if quick else 4096),
         "starvation": lambda: starvation(generated(folder), seconds=30 if quick else 90),
-        "scaling": lambda: scaling(generated(folder), rows=1536 if quick else 8192),
     }
     results: dict[str, float] = {}
     for name in only or parts:
@@ -116,7 +122,6 @@ def measure(folder: Path, *, quick: bool, source: str, only: list[str] | None) -
         for key, value in found.items():
             print(f"    {key:28} {value:.4g}", flush=True)
         results |= found
-    ray.shutdown()
     return results
 
 
@@ -467,14 +472,14 @@ def starvation(path: Path, *, seconds: float) -> dict[str, float]:
 
 
 def scaling(path: Path, *, rows: int) -> dict[str, float]:
-    reader, allowed, found = sample_reader(path), os.sched_getaffinity(0), {}
+    """Each in a process of its own, whose Ray knows no other cores."""
+    allowed, found = os.sched_getaffinity(0), {}
+    command = [sys.executable, __file__, "--rate_of", str(path), "--rows", str(rows)]
     for cores in range(1, CORES + 1):
-        ray.shutdown()
         os.sched_setaffinity(0, sorted(allowed)[:cores])  # Ray's processes inherit it
-        start_ray(cores)
-        found[cores] = rate(stream_rows(reader), rows=rows)["wall"]
-    ray.shutdown()
-    os.sched_setaffinity(0, allowed)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        os.sched_setaffinity(0, allowed)
+        found[cores] = json.loads(done.stdout.splitlines()[-1])["wall"]
     return {"core_scaling": found[CORES] / found[1], "one_core_rows_per_s": found[1]}
 
 

@@ -1,12 +1,14 @@
 """Rows and arrays of the stream -> tensors that share their memory."""
 
+import os
+import sys
 import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from queue import SimpleQueue
 
 import cv2
 import pyarrow as pa
@@ -18,6 +20,7 @@ from pipelines.samples import Batch, SampleReader
 from pipelines.stream import all_rows, decoded_and_timed
 
 AHEAD_A_THREAD = 2  # micro-batches
+DECODERS_NICE = 5
 
 
 class ToTorch(NumpyBatchCollateFn):
@@ -120,17 +123,42 @@ class Decoded:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         cv2.setNumThreads(1)  # an image a thread is cheaper than an image by several
+        room, over = threading.Semaphore(AHEAD_A_THREAD * self.threads), threading.Event()
+        ahead: SimpleQueue[Future[dict[str, torch.Tensor]] | None] = SimpleQueue()
+        with ThreadPoolExecutor(self.threads, "decode", initializer=_step_aside) as decoders:
+            # Nobody waits for this thread: the block that it waits for may be one that never comes.
+            arguments = (decoders, ahead, room, over)
+            threading.Thread(target=self._take, args=arguments, daemon=True, name="blocks").start()
+            try:
+                while (found := ahead.get()) is not None:
+                    room.release()
+                    yield found.result()
+            finally:
+                over.set()
+                room.release()
+
+    def _take(
+        self,
+        decoders: ThreadPoolExecutor,
+        ahead: "SimpleQueue[Future[dict[str, torch.Tensor]] | None]",
+        room: threading.Semaphore,
+        over: threading.Event,
+    ) -> None:
+        """Hand the blocks' micro-batches to the threads that decode: who trains only takes what is ready."""
         b = self._reader.config.micro_batch
-        with ThreadPoolExecutor(self.threads, "decode") as pool:
-            ahead: deque[Future[dict[str, torch.Tensor]]] = deque()
+        try:
             for block in self._blocks:
                 rows = all_rows(block)
                 for first in range(0, len(rows), b):
-                    ahead.append(pool.submit(self._one, rows.slice(first, b)))
-                    if len(ahead) > AHEAD_A_THREAD * self.threads:
-                        yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+                    room.acquire()
+                    if over.is_set():
+                        return
+                    ahead.put(decoders.submit(self._one, rows.slice(first, b)))
+            ahead.put(None)
+        except BaseException as error:  # noqa: BLE001 for who trains, not for this thread
+            failed: Future[dict[str, torch.Tensor]] = Future()
+            failed.set_exception(error)
+            ahead.put(failed)
 
     def _one(self, rows: pa.Table) -> dict[str, torch.Tensor]:
         started = time.perf_counter()
@@ -138,3 +166,9 @@ class Decoded:
             self._own.reader = replace(self._reader)
         tensors = self._to_torch(decoded_and_timed(self._own.reader, rows, since=started))
         return {name: t.pin_memory() for name, t in tensors.items()} if self._pin else tensors
+
+
+def _step_aside() -> None:
+    """Let the thread that trains have a core at once when all are busy: it needs one for moments only."""
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DECODERS_NICE)
