@@ -13,7 +13,7 @@ bytes_per_sample    that a sample's features take, by dtype; jpeg_bytes_per_samp
 words_s             of embedding the instructions of a batch, which is what computing them once would save.
 job_ratio_3_epochs  wall clock of 3 epochs of training on Ray from images / of caching and the same from
                     features, configs/policy/tiny with its tower frozen; starting the workers counts in both.
-overlap_*           one epoch in which an actor of the stream, on a quarter of a CPU by Ray's account, runs the
+overlap_*           one epoch in which an actor of the stream, a quarter of a CPU by Ray's account, runs the
                     tower while a worker trains: share of the time that the worker waits, seconds of the tower
                     a row, share of the time that the actor is busy. That its losses are those from images
                     is tested (tests/pipelines/test_features.py).
