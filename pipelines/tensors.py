@@ -20,7 +20,7 @@ from pipelines.samples import Batch, SampleReader
 from pipelines.stream import all_rows, decoded_and_timed
 
 AHEAD_A_THREAD = 2  # micro-batches
-DECODERS_NICE = 5
+DECODERS_NICER = 5  # than the process
 
 
 class ToTorch(NumpyBatchCollateFn):
@@ -171,4 +171,5 @@ class Decoded:
 def _step_aside() -> None:
     """Let the thread that trains have a core at once when all are busy: it needs one for moments only."""
     if sys.platform == "linux":  # elsewhere it would be the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DECODERS_NICE)
+        # 0 is the calling thread, which has what Ray gave its process; 19 is the most that there is
+        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + DECODERS_NICER)

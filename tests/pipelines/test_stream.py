@@ -1,8 +1,11 @@
 """The stream: real Parquet through real Ray Data, every number compared with the episodes it came from."""
 
 import io
+import itertools
+import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -228,6 +231,53 @@ def consumed(split, decoder):
     assert batches.rows_ready == sum(len(batch["action"]) for batch in found)
     assert all((batch["stage_seconds"][:, :2] > 0).all() for batch in found)
     return found
+
+
+@pytest.fixture(scope="module")
+def blocks(reader, ray_session):
+    """Those of one worker that decodes."""
+    dataset = micro_batches(reader, start=0, stop=8, decoding="workers")
+    deal(dataset, num_workers=1)
+    dataset.context.execution_options = execution_options("workers", num_workers=1)
+    (split,) = dataset.streaming_split(1, equal=True)
+    return list(split.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def test_an_error_of_the_stream_reaches_who_trains_after_what_came_before_it(reader, blocks):
+    def broken():
+        yield from blocks
+        raise ConnectionError("the node is gone")
+
+    found = []
+    with pytest.raises(ConnectionError, match="the node is gone"):
+        found.extend(Decoded(reader, broken(), threads=2))
+    assert [batch["micro_batch"][0].item() for batch in found] == list(range(8))
+
+
+def test_who_stops_in_the_middle_leaves_no_thread_behind(reader, blocks):
+    def threads():
+        return [t for t in threading.enumerate() if t.name == "blocks" or t.name.startswith("decode")]
+
+    assert not threads()
+    batches = iter(Decoded(reader, itertools.cycle(blocks), threads=2))
+    for _ in range(20):
+        next(batches)
+    assert len(threads()) == 3
+    batches.close()
+    for thread in threads():
+        thread.join(timeout=10)
+    assert not threads()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no nice value of its own")
+def test_threads_that_decode_step_aside_and_the_one_that_trains_does_not(reader, blocks):
+    batches = iter(Decoded(reader, itertools.cycle(blocks), threads=2))
+    next(batches)
+    nice = {t.name: os.getpriority(os.PRIO_PROCESS, t.native_id) for t in threading.enumerate()}
+    batches.close()
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    assert nice["MainThread"] == nice["blocks"] == before
+    assert {value for name, value in nice.items() if name.startswith("decode")} == {min(before + 5, 19)}
 
 
 def assert_same_batch(found, expected, cameras):
