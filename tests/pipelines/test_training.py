@@ -51,7 +51,7 @@ from smolvla.modeling import SmolVLAPolicy
 from smolvla.processing import SmolVLAProcessor
 from smolvla.trainer import SmolVLATrainer
 
-READY_WITHIN_S = 240
+READY_WITHIN_S = 480  # a busy machine takes several times as long as a quiet one
 
 
 def assert_every_frame_once(run):
