@@ -1,4 +1,4 @@
-"""The Grafana dashboard shows what the code exports, all of it and nothing else."""
+"""The Grafana dashboards show what the code exports, all of it and nothing else."""
 
 import json
 import re
@@ -6,9 +6,15 @@ import re
 import pytest
 
 from infra.checks import ROOT
-from pipelines.metrics import EXPORTED
+from pipelines.metrics import EXPORTED, SERVED
 
-DASHBOARD = ROOT / "infra/grafana/smolvla.json"
+DASHBOARDS = [("smolvla", "run", EXPORTED, {"run", "rank"}), ("serving", "policy", SERVED, {"policy"})]
+HISTOGRAM = ("_bucket", "_count", "_sum")
+OF_HISTOGRAMS = {"transport", "status", "le"}  # tags of the served seconds, and of any histogram
+
+
+def read(name):
+    return json.loads((ROOT / f"infra/grafana/{name}.json").read_text())
 
 
 def queried(dashboard):
@@ -19,24 +25,31 @@ def queried(dashboard):
             found = re.findall(r"\b(\w+)\{", target["expr"])
             assert found, target["expr"]
             names |= set(found)
-            tags |= set(re.findall(r"(\w+)=~?\"|by \((\w+)\)", target["expr"]))
-            tags |= {("", tag) for tag in re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])}
-    return names, {tag for pair in tags for tag in pair if tag}
+            tags |= set(re.findall(r"(\w+)=~?\"", target["expr"]))
+            tags |= {tag for by in re.findall(r"by \(([^)]+)\)", target["expr"]) for tag in by.split(", ")}
+            tags |= set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+    return names, tags
 
 
-def test_every_metric_is_on_a_panel_and_every_panel_shows_one():
-    names, tags = queried(json.loads(DASHBOARD.read_text()))
-    assert names == {f"ray_{exported.name}" for exported in EXPORTED}
-    assert tags <= {"run", "rank"}
+def of_histogram(name):
+    return next((name.removesuffix(end) for end in HISTOGRAM if name.endswith(end)), name)
 
 
-def test_the_choice_of_runs_asks_for_a_metric_that_is_exported():
-    (choice,) = (v for v in json.loads(DASHBOARD.read_text())["templating"]["list"] if v["name"] == "run")
-    (name,) = re.findall(r"label_values\((\w+), run\)", choice["query"]["query"])
-    assert name.removeprefix("ray_") in {exported.name for exported in EXPORTED}
+@pytest.mark.parametrize(("name", "choice", "exported", "tags"), DASHBOARDS)
+def test_every_metric_is_on_a_panel_and_every_panel_shows_one(name, choice, exported, tags):
+    names, found = queried(read(name))
+    assert {of_histogram(n) for n in names} == {f"ray_{metric.name}" for metric in exported}
+    assert found <= tags | (OF_HISTOGRAMS if exported is SERVED else set())
 
 
-@pytest.mark.parametrize("exported", EXPORTED, ids=lambda exported: exported.name)
+@pytest.mark.parametrize(("name", "choice", "exported", "tags"), DASHBOARDS)
+def test_the_choice_asks_for_a_metric_that_is_exported(name, choice, exported, tags):
+    (variable,) = (v for v in read(name)["templating"]["list"] if v["name"] == choice)
+    (asked,) = re.findall(rf"label_values\((\w+), {choice}\)", variable["query"]["query"])
+    assert asked.removeprefix("ray_") in {metric.name for metric in exported}
+
+
+@pytest.mark.parametrize("exported", [*EXPORTED, *SERVED], ids=lambda exported: exported.name)
 def test_names_and_units_are_as_prometheus_asks(exported):
     """Base units, singular prefix of the application, ratios named so, no suffix that belongs to counters."""
     assert re.fullmatch(r"smolvla(_[a-z]+)+", exported.name)
