@@ -42,7 +42,7 @@ def services():
     """The record of a Ray head and an MLflow server that belong to this session; stopped at its end."""
     script = [sys.executable, str(ROOT / "infra/local/services.py")]
     try:
-        subprocess.run([*script, "up"], check=True, timeout=240)
+        subprocess.run([*script, "up"], check=True, timeout=480)
         yield json.loads((Path(os.environ["SMOLVLA_STATE"]) / "services.json").read_text())
     finally:
         subprocess.run([*script, "down"], check=True, timeout=120)

@@ -24,7 +24,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -36,6 +36,7 @@ TOKEN = STATE / "ray_token"
 RAY_FILES = Path("/tmp") / f"smolvla-{os.getuid()}-{hashlib.sha256(str(STATE).encode()).hexdigest()[:8]}"
 RAY_ADDRESS = RAY_FILES / "ray_current_cluster"  # Ray writes it when the head is up
 READY_WITHIN_S = 120
+TRIES = 3  # Ray gives its own processes 15 s, too few on a very busy machine
 STOP_WITHIN_S = 6  # orderly; nothing that they keep is lost when they are killed
 
 
@@ -57,16 +58,26 @@ def up() -> None:
         TOKEN.write_text(secrets.token_hex(32))
     with _alone():
         record = _record()
-        for name, start in (("ray", _start_ray), ("mlflow", _start_mlflow)):
+        for name in STARTS:
             if _process(record.get(name)) is None:
-                record[name] = start()
-                RECORD.write_text(json.dumps(record, indent=1))
-        for name, service in record.items():
-            _wait_until_ready(name, service)
+                _start(name, record)
+        for name in STARTS:
+            tries = 1
+            while not _becomes_ready(name, record[name]):
+                if tries == TRIES:
+                    _give_up(name)
+                print(f"{name} ended while it started, see {STATE / name}.log; trying once more")
+                _start(name, record)
+                tries += 1
     record["ray"]["address"] = RAY_ADDRESS.read_text().strip()  # for ray.init; `url` is for jobs
     RECORD.write_text(json.dumps(record, indent=1))
     _write_env(record)
     status()
+
+
+def _start(name: str, record: dict[str, Any]) -> None:
+    record[name] = STARTS[name]()
+    RECORD.write_text(json.dumps(record, indent=1))
 
 
 @contextlib.contextmanager
@@ -184,6 +195,9 @@ def _start_mlflow() -> dict[str, Any]:
     return _started("mlflow", command, environment, url=f"http://127.0.0.1:{port}")
 
 
+STARTS = {"ray": _start_ray, "mlflow": _start_mlflow}
+
+
 def _client_environment() -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(TOKEN)}
 
@@ -216,15 +230,23 @@ def _free_port(wanted: int) -> int:
     sys.exit(f"no free port between {wanted} and {wanted + 99}")
 
 
-def _wait_until_ready(name: str, service: dict[str, Any]) -> None:
+def _becomes_ready(name: str, service: dict[str, Any]) -> bool:
+    """Whether it answers in time; False if it ended before."""
     answers = {"ray": _ray_answers, "mlflow": _mlflow_answers}[name]
     deadline = time.monotonic() + READY_WITHIN_S
     while not _answers(answers, service["url"]):
-        if _process(service) is None or time.monotonic() > deadline:
-            log = STATE / f"{name}.log"
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            sys.exit(f"{name} did not start; the end of {log}:\n{tail}")
+        if _process(service) is None:
+            return False
+        if time.monotonic() > deadline:
+            _give_up(name)
         time.sleep(0.5)
+    return True
+
+
+def _give_up(name: str) -> NoReturn:
+    log = STATE / f"{name}.log"
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    sys.exit(f"{name} did not start; the end of {log}:\n{tail}")
 
 
 def _answers(ask: Callable[[str], None], url: str) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -42,6 +43,28 @@ def test_dashboard_and_tracking_server_listen_on_loopback_only(services):
     ours = {(ip, port) for ip, port in listening if port in ports}
     assert {port for _, port in ours} == ports
     assert {ip for ip, _ in ours} <= {"127.0.0.1", "::1"}
+
+
+def test_a_service_that_dies_while_it_starts_is_started_once_more(tmp_path):
+    """On a very busy machine Ray ends itself while it starts."""
+    environment = os.environ | {"SMOLVLA_STATE": str(tmp_path)}
+    environment["RAY_AUTH_TOKEN_PATH"] = str(tmp_path / "ray_token")
+    command = [sys.executable, SCRIPT]
+    up = subprocess.Popen([*command, "up"], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "services.json").exists():
+            assert up.poll() is None
+            time.sleep(0.05)
+        first = json.loads((tmp_path / "services.json").read_text())["ray"]["pid"]
+        psutil.Process(first).kill()
+        said, _ = up.communicate(timeout=400)
+        assert up.returncode == 0, said
+        assert f"ray ended while it started, see {tmp_path / 'ray'}.log; trying once more" in said
+        second = json.loads((tmp_path / "services.json").read_text())["ray"]
+        assert second["pid"] != first
+        assert psutil.pid_exists(second["pid"])
+    finally:
+        subprocess.run([*command, "down"], env=environment, check=True, timeout=120)
 
 
 def test_stopping_ends_only_the_processes_that_were_started(tmp_path):
