@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from queue import SimpleQueue
@@ -121,7 +121,7 @@ class Decoded:
         """Rows that were decoded so far."""
         return self._to_torch.rows_ready
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Generator[dict[str, torch.Tensor], None, None]:
         cv2.setNumThreads(1)  # an image a thread is cheaper than an image by several
         room, over = threading.Semaphore(AHEAD_A_THREAD * self.threads), threading.Event()
         ahead: SimpleQueue[Future[dict[str, torch.Tensor]] | None] = SimpleQueue()

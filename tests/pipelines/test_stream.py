@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -240,7 +241,8 @@ def blocks(reader, ray_session):
     deal(dataset, num_workers=1)
     dataset.context.execution_options = execution_options("workers", num_workers=1)
     (split,) = dataset.streaming_split(1, equal=True)
-    return list(split.iter_batches(batch_size=None, batch_format="pyarrow"))
+    whole: Any = None  # blocks; Ray's hint knows only numbers of rows
+    return list(split.iter_batches(batch_size=whole, batch_format="pyarrow"))
 
 
 def test_an_error_of_the_stream_reaches_who_trains_after_what_came_before_it(reader, blocks):
@@ -273,7 +275,8 @@ def test_who_stops_in_the_middle_leaves_no_thread_behind(reader, blocks):
 def test_threads_that_decode_step_aside_and_the_one_that_trains_does_not(reader, blocks):
     batches = iter(Decoded(reader, itertools.cycle(blocks), threads=2))
     next(batches)
-    nice = {t.name: os.getpriority(os.PRIO_PROCESS, t.native_id) for t in threading.enumerate()}
+    threads = [(t.name, t.native_id) for t in threading.enumerate()]
+    nice = {name: os.getpriority(os.PRIO_PROCESS, number) for name, number in threads if number is not None}
     batches.close()
     before = os.getpriority(os.PRIO_PROCESS, 0)
     assert nice["MainThread"] == nice["blocks"] == before
