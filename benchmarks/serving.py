@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="5 s for each figure instead of 30")
     parser.add_argument("--published", action="store_true", help="the 450M size with random weights")
-    parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="threads of the policy")
+    one_less = max((os.cpu_count() or 2) - 1, 1)  # the gateway needs a part of one
+    parser.add_argument("--cpus", type=int, default=one_less, help="threads of the policy")
     flags = parser.parse_args(arguments)
     seconds = 5.0 if flags.quick else 30.0
     figures: dict[str, Any] = {"size": "published" if flags.published else "tiny", "cpus": flags.cpus}
