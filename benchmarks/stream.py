@@ -477,6 +477,7 @@ def scaling(path: Path, *, rows: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--rate_of", str(path), "--rows", str(rows)]
     for cores in range(1, CORES + 1):
         os.sched_setaffinity(0, sorted(allowed)[:cores])  # Ray's processes inherit it
+        # Ray may end it with an error once it has printed: its stream is not over
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         os.sched_setaffinity(0, allowed)
         found[cores] = json.loads(done.stdout.splitlines()[-1])["wall"]

@@ -34,6 +34,7 @@ from runs import (
 )
 from toys import LENGTHS, ExceptionWriter, HeldUpReader, PacedWriter
 from transformers import TrainingArguments
+from waiting import wait_until
 
 from pipelines import checkpoint, training
 from pipelines.board import start_board
@@ -285,13 +286,6 @@ def test_a_loss_that_is_not_finite_again_and_again_ends_the_run_and_names_the_ro
 # ---- nodes and processes that die ----
 
 
-def wait_until(true):
-    deadline = time.monotonic() + READY_WITHIN_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def assert_same_curve(run, other):
     """Also where a step was computed twice by different numbers of workers."""
     expected = losses(other)
@@ -310,9 +304,11 @@ def further_nodes(services, ray_session):
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "3"]
         command += ["--address", services["ray"]["address"], "--node-ip-address", "127.0.0.1"]
         started.append(psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        wait_until(lambda before=before: new_nodes(before))
+        wait_until(lambda before=before: new_nodes(before), within_s=READY_WITHIN_S)
         found.append((new_nodes(before)[0], started[-1]))
-    wait_until(lambda: ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"])
+    wait_until(
+        lambda: ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"], within_s=READY_WITHIN_S
+    )
     coordinator: Any = get_or_create_autoscaling_coordinator()
     ray.get(coordinator._tick.remote())  # it looks every 20 s by itself
     yield found
@@ -357,10 +353,10 @@ def test_a_data_process_dies_one_node_goes_with_notice_and_one_without_and_fewer
         command += ["--reason-message", "test", "--deadline-remaining-seconds", "30"]
         address = ["--address", services["ray"]["address"]]
         subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *command, *address], check=True)
-        wait_until(lambda: ray.get(run.board.saved_step.remote()))
+        wait_until(lambda: ray.get(run.board.saved_step.remote()), within_s=READY_WITHIN_S)
         saved.append(ray.get(run.board.saved_step.remote()))
         kill_raylet(drained_process)
-        wait_until(lambda: len(attempts(run)) == 2 and len(attempts(run)[1]) > 3)
+        wait_until(lambda: len(attempts(run)) == 2 and len(attempts(run)[1]) > 3, within_s=READY_WITHIN_S)
         kill_raylet(lost_process)
 
     watchers = [threading.Thread(target=kill_decoding_process, daemon=True), when(run, 2, lose_nodes)]
