@@ -21,8 +21,8 @@ class IngestMetaWorld:
 
     tasks: tuple[str, ...]
     """Meta-World's names, separated by spaces."""
-    episodes: int = 20
-    """Successful episodes of each task."""
+    episodes: tuple[int, ...] = (20,)
+    """Successful episodes of each task: one number for all, or one per task in the order of `tasks`."""
     output: str
     """Folder or URI of the dataset."""
     seed: int = 0

@@ -37,8 +37,8 @@ class MetaWorldSource:
     """Successful episodes of Meta-World's scripted experts."""
 
     tasks: tuple[str, ...]
-    num_episodes: int
-    """Of each task."""
+    num_episodes: tuple[int, ...]
+    """Of each task: one number for all, or one per task in the order of `tasks`."""
     seed: int = 0
     size_px: int = 96
     """Height and width of the camera."""
@@ -71,15 +71,15 @@ class MetaWorldSource:
                     num_frames=EXPECTED_FRAMES,
                     detail=(task, number),
                 )
-                for task in self.tasks
-                for number in range(self.num_episodes)
+                for task, episodes in zip(self.tasks, self._episodes_of_tasks(), strict=True)
+                for number in range(episodes)
             ),
             identity={
                 "format": "metaworld",
                 "metaworld": importlib.metadata.version("metaworld"),
                 "mujoco": importlib.metadata.version("mujoco"),
                 "tasks": list(self.tasks),
-                "episodes": self.num_episodes,
+                "episodes": self.num_episodes[0] if len(self.num_episodes) == 1 else list(self.num_episodes),
                 "seed": self.seed,
                 "size": self.size_px,
                 "action_noise": self.action_noise,
@@ -99,8 +99,13 @@ class MetaWorldSource:
                 )
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks names one twice: {' '.join(self.tasks)}")
+        if len(self.num_episodes) not in (1, len(self.tasks)):
+            raise ValueError(
+                f"episodes has {len(self.num_episodes)} numbers for {len(self.tasks)} tasks; "
+                "give one for all, or one per task"
+            )
         for name, value, low, high in (
-            ("episodes", self.num_episodes, 1, 1_000_000),
+            *(("episodes", number, 1, 1_000_000) for number in self.num_episodes),
             ("size", self.size_px, 16, 1024),
             ("seed", self.seed, 0, 2**32 - 1),
             ("action_noise", self.action_noise, 0, 1),
@@ -108,6 +113,9 @@ class MetaWorldSource:
         ):
             if not low <= value <= high:
                 raise ValueError(f"{name} {value} is not within {low}..{high}")
+
+    def _episodes_of_tasks(self) -> tuple[int, ...]:
+        return self.num_episodes * len(self.tasks) if len(self.num_episodes) == 1 else self.num_episodes
 
     def episodes(self, units: Sequence[Unit]) -> Iterator[Episode | Refusal]:
         require_simulator()

@@ -7,6 +7,7 @@ processes of its own, as in the job.
 import contextlib
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from pipelines.sources.metaworld import CAMERA, FPS, SENTENCES, MetaWorldSource
 
 pytest.importorskip("metaworld", reason="the extra `sim` is not installed")
 
-SOURCE = MetaWorldSource(tasks=("reach-v3", "button-press-topdown-v3"), num_episodes=2, seed=3, size_px=48)
+SOURCE = MetaWorldSource(tasks=("reach-v3", "button-press-topdown-v3"), num_episodes=(2,), seed=3, size_px=48)
 
 
 def films(source, names):
@@ -114,7 +115,7 @@ def test_an_episode_does_not_depend_on_what_was_played_before(elsewhere, all_fil
 
 
 def test_episodes_and_tasks_and_seeds_differ(elsewhere, all_films):
-    other_seed = MetaWorldSource(tasks=SOURCE.tasks, num_episodes=1, seed=4, size_px=48)
+    other_seed = MetaWorldSource(tasks=SOURCE.tasks, num_episodes=(1,), seed=4, size_px=48)
     films_of_it = elsewhere(films, other_seed, ["reach-v3/0"])
     actions = [all_films["reach-v3/0"][1], all_films["reach-v3/1"][1], films_of_it["reach-v3/0"][1]]
     assert len({action.tobytes() for action in actions}) == 3
@@ -122,7 +123,7 @@ def test_episodes_and_tasks_and_seeds_differ(elsewhere, all_films):
 
 def test_a_failed_attempt_is_counted_and_another_seed_tried(elsewhere):
     # sweep-into is solved three times of four; with seed 0 the sixth episode needs a second attempt
-    source = MetaWorldSource(tasks=("sweep-into-v3",), num_episodes=6, size_px=16)
+    source = MetaWorldSource(tasks=("sweep-into-v3",), num_episodes=(6,), size_px=16)
     found = elsewhere(films, source, ["sweep-into-v3/4", "sweep-into-v3/5"])
     assert [notes["failed_attempts"] for *_, notes in found.values()] == [0, 1]
     assert [notes["solved_frames"] for *_, notes in found.values()] == [5, 5]
@@ -130,18 +131,25 @@ def test_a_failed_attempt_is_counted_and_another_seed_tried(elsewhere):
 
 def test_an_episode_that_no_attempt_solves_is_refused(elsewhere):
     drunk = MetaWorldSource(
-        tasks=("assembly-v3",), num_episodes=1, size_px=16, action_noise=1.0, max_attempts=1
+        tasks=("assembly-v3",), num_episodes=(1,), size_px=16, action_noise=1.0, max_attempts=1
     )
     assert elsewhere(films, drunk, ["assembly-v3/0"]) == {"assembly-v3/0": "expert_failed"}
 
 
 def test_noise_moves_the_robot_but_not_what_the_expert_says(elsewhere, all_films):
-    noisy = MetaWorldSource(tasks=SOURCE.tasks, num_episodes=1, seed=3, size_px=48, action_noise=0.3)
+    noisy = MetaWorldSource(tasks=SOURCE.tasks, num_episodes=(1,), seed=3, size_px=48, action_noise=0.3)
     ((state, action, *_),) = elsewhere(films, noisy, ["reach-v3/0"]).values()
     clean_state, clean_action, *_ = all_films["reach-v3/0"]
     np.testing.assert_array_equal(state[0], clean_state[0])
     np.testing.assert_array_equal(action[0], clean_action[0])  # recorded: the expert's answer, without noise
     assert (state[1] != clean_state[1]).any()
+
+
+def test_each_task_has_its_number_of_episodes():
+    listing = replace(SOURCE, num_episodes=(3, 1)).listing()
+    names = [unit.name for unit in listing.units]
+    assert names == ["reach-v3/0", "reach-v3/1", "reach-v3/2", "button-press-topdown-v3/0"]
+    assert listing.identity["episodes"] == [3, 1]
 
 
 @pytest.mark.parametrize(
@@ -150,11 +158,13 @@ def test_noise_moves_the_robot_but_not_what_the_expert_says(elsewhere, all_films
         ({"tasks": ()}, "tasks is empty"),
         ({"tasks": ("reach-v2",)}, "'reach-v2' is none of Meta-World's 50: did you mean reach-v3"),
         ({"tasks": ("reach-v3", "reach-v3")}, "names one twice"),
-        ({"num_episodes": 0}, "episodes 0 is not within"),
+        ({"num_episodes": (0,)}, "episodes 0 is not within"),
+        ({"num_episodes": (2, 0), "tasks": ("reach-v3", "push-v3")}, "episodes 0 is not within"),
+        ({"num_episodes": (2, 3)}, "episodes has 2 numbers for 1 tasks"),
         ({"size_px": 4}, "size 4 is not within 16..1024"),
         ({"action_noise": -0.1}, "action_noise -0.1"),
     ],
 )
 def test_wrong_flags_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
-        MetaWorldSource(**({"tasks": ("reach-v3",), "num_episodes": 1} | change)).listing()
+        MetaWorldSource(**({"tasks": ("reach-v3",), "num_episodes": (1,)} | change)).listing()
