@@ -15,6 +15,7 @@ import numpy as np
 from ray import serve
 from ray.util.metrics import Histogram
 
+from pipelines.gathering import Gathering
 from pipelines.metrics import SERVED_BATCH
 from pipelines.questions import TASK, Answer, Question, Signature
 from smolvla.features import ACTION, STATE
@@ -59,14 +60,15 @@ class BatchedPolicy:
             SERVED_BATCH.name, SERVED_BATCH.description, boundaries=[1, 2, 4, 8, 16, 32], tag_keys=("policy",)
         )
         self._sizes.set_default_tags({"policy": signature.policy})
-        batch: Any = self.act
-        batch.set_max_batch_size(max_batch)
-        batch.set_batch_wait_timeout_s(batch_wait_s)
+        self._gathering = Gathering(self._answers, most=max_batch, wait_s=batch_wait_s)
         answered(self._policy, [plain_question(signature)])  # the first pass is slow, and no robot's
 
-    @serve.batch
-    async def act(self, questions: list[Question]) -> list[Answer]:
-        """Answers in the order of the questions; others gather while a thread computes."""
+    async def act(self, question: Question) -> Answer:
+        """The answer, from a pass that others share."""
+        return await self._gathering.answer(question)
+
+    async def _answers(self, questions: list[Question]) -> list[Answer]:
+        """In the order of the questions; others gather while a thread computes."""
         answers = await asyncio.to_thread(answered, self._policy, questions)
         for size in Counter(question.kind for question in questions).values():
             self._sizes.observe(size)
