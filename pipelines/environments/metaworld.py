@@ -124,6 +124,7 @@ class Simulation:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
 
         self.task = task
+        self._place = mujoco.mj_kinematics  # pyright: ignore[reportAttributeAccessIssue]
         environment: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-goal-observable"]
         self.env = environment()
         # Meta-World freezes goal and objects at the first reset; as lerobot, draw them anew from the seed
@@ -144,7 +145,10 @@ class Simulation:
     def reset(self, seed: int) -> NDArray[np.float64]:
         """Begin the episode of a seed; Meta-World's observation, whose first four numbers are the state."""
         self.env.seed(seed)
-        return self.env.reset()[0]
+        observation = self.env.reset()[0]
+        # Meta-World (3.1) moves goal and objects last: the first picture would show those of another world
+        self._place(self.env.model, self.env.data)
+        return observation
 
     def picture(self) -> NDArray[np.uint8]:
         """What the camera sees, (size, size, 3) RGB."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pipelines.environments.metaworld import Simulation
 from pipelines.sources import Refusal
 from pipelines.sources.metaworld import CAMERA, FPS, SENTENCES, MetaWorldSource
 
@@ -40,6 +41,21 @@ def simulator_facts():
 
     env = ALL_V3_ENVIRONMENTS["reach-v3"]()
     return set(ENV_POLICY_MAP), env.dt
+
+
+def first_pictures(task, seeds):
+    """Of each seed, as the camera sees it, and once MuJoCo has computed everything anew."""
+    import mujoco
+
+    simulation = Simulation(task, size_px=96)
+    pairs = []
+    for seed in seeds:
+        simulation.reset(seed)
+        first = simulation.picture()
+        mujoco.mj_forward(simulation.env.model, simulation.env.data)
+        pairs.append((first, simulation.picture()))
+    simulation.close()
+    return pairs
 
 
 @contextlib.contextmanager
@@ -104,6 +120,15 @@ def test_pictures_move_are_lit_and_stand_upright(all_films):
         assert np.ptp(top_right, axis=-1).max() < 20
         left = frames[0, 24:40, :8].astype(int)
         assert (left[..., 0] - left[..., 1]).max() > 60
+
+
+@pytest.mark.parametrize("task", ["reach-v3", "push-v3", "window-close-v3"])
+def test_the_first_picture_shows_the_goal_of_its_own_world(elsewhere, task):
+    """Meta-World moves goal and objects after it has computed where things are drawn."""
+    pairs = elsewhere(first_pictures, task, [1, 2, 3])
+    for picture, computed_anew in pairs:
+        np.testing.assert_array_equal(picture, computed_anew)
+    assert (pairs[0][0] != pairs[1][0]).any()
 
 
 def test_an_episode_does_not_depend_on_what_was_played_before(elsewhere, all_films):
