@@ -52,7 +52,9 @@ def first_pictures(task, seeds):
     for seed in seeds:
         simulation.reset(seed)
         first = simulation.picture()
-        mujoco.mj_forward(simulation.env.model, simulation.env.data)
+        mujoco.mj_forward(  # pyright: ignore[reportAttributeAccessIssue]
+            simulation.env.model, simulation.env.data
+        )
         pairs.append((first, simulation.picture()))
     simulation.close()
     return pairs
