@@ -26,7 +26,7 @@ train: up
 	@$(PY) -c 'import json, sys; print("\nThe run in MLflow:", json.load(open(sys.argv[1]))["link"])' "$(STATE)/runs/$(RUN)/run.json"
 
 # From nothing to a policy that solves three Meta-World tasks, and how often; about an hour on two cores.
-# An episode of reach is a third as long as the others, and its goal is the hardest to see.
+# Reach has the most episodes: its goal is the hardest to see.
 DEMO_TASKS = reach-v3 button-press-topdown-v3 window-close-v3
 DEMO_EPISODES = 300 60 60
 DEMO_DATASET = $(STATE)/data/demo_policy
