@@ -21,12 +21,12 @@ import ray
 from jobs import command_line, policies, tracking, training_data
 from jobs.ending import end_with_input
 from jobs.evaluation_run import Recorder, offline_table, success_table, tracked
-from jobs.policies import Policy
+from jobs.policies import Policy, seen_cameras
 from jobs.tracking import TrackingOptions
 from jobs.training_data import Entry, TrainingData, readable
 from pipelines import offline
 from pipelines.dataset import EpisodeDataset, open_dataset
-from pipelines.environments import check_tasks, environment_class, groups_of
+from pipelines.environments import check_cameras, check_tasks, environment_class, groups_of
 from pipelines.rollouts import (
     CPUS_PER_ENVIRONMENT,
     Played,
@@ -145,7 +145,7 @@ def prepare(job: EvaluateSmolVLA) -> Prepared:
     config = SmolVLAConfig.from_pretrained(folder)
     processor = SmolVLAProcessor.from_pretrained(folder, config)
     held_out = _held_out(job, policy, config, processor) if job.dataset.path else None
-    return Prepared(policy, held_out, _rollouts(job, config) if job.env else None)
+    return Prepared(policy, held_out, _rollouts(job, config, processor) if job.env else None)
 
 
 def _policy(job: EvaluateSmolVLA) -> Policy:
@@ -154,24 +154,32 @@ def _policy(job: EvaluateSmolVLA) -> Policy:
     return policies.found(job.policy.path, ema=job.policy.ema, tracking_uri=job.tracking.uri)
 
 
-def check_rollouts(job: EvaluateSmolVLA, config: SmolVLAConfig) -> tuple[int, ...]:
-    """The numbers of steps that are played.
+def check_rollouts(
+    job: EvaluateSmolVLA, config: SmolVLAConfig, rename: Mapping[str, str]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The numbers of steps that are played, and the policy's cameras by their names in the data.
 
     Raises:
         ValueError: names the flag of what the environment or the policy does not have.
     """
-    check_tasks(environment_class(job.env), tuple(job.tasks))
+    environment = environment_class(job.env)
+    check_tasks(environment, tuple(job.tasks))
     steps = tuple(job.n_action_steps) or (config.n_action_steps,)
     for count in steps:
         if not 1 <= count <= config.chunk_size:
             raise ValueError(
                 f"n_action_steps {count} is not within 1..{config.chunk_size}, the policy's chunk"
             )
-    return steps
+    cameras = tuple(seen_cameras(config, rename))
+    try:
+        check_cameras(environment, cameras)
+    except ValueError as error:
+        raise ValueError(f"env {job.env}: {error}") from None
+    return steps, cameras
 
 
-def _rollouts(job: EvaluateSmolVLA, config: SmolVLAConfig) -> Rollouts:
-    steps = check_rollouts(job, config)
+def _rollouts(job: EvaluateSmolVLA, config: SmolVLAConfig, processor: SmolVLAProcessor) -> Rollouts:
+    steps, cameras = check_rollouts(job, config, processor.files.rename)
     sizes = {
         feature["shape"][-1] for feature in config.input_features.values() if feature["type"] == "VISUAL"
     }
@@ -182,6 +190,7 @@ def _rollouts(job: EvaluateSmolVLA, config: SmolVLAConfig) -> Rollouts:
         n_action_steps=steps,
         seed=job.seed,
         size_px=job.size or max(sizes),
+        cameras=cameras,
         num_environments=job.num_environments,
         max_steps=job.max_steps,
         blank_images=job.blank_images,
@@ -193,7 +202,7 @@ def _held_out(
 ) -> HeldOut:
     """The frames as the policy was trained to see them."""
     dataset = open_dataset(readable(job.dataset.path, flag="dataset.path"))
-    rename = check_cameras(dataset, config, processor.files.rename, path=job.dataset.path)
+    rename = check_dataset(dataset, config, processor.files.rename, path=job.dataset.path)
     entry = Entry(
         path=job.dataset.path, name=dataset.uri, rename=rename, flag="dataset", rename_flag="rename"
     )
@@ -212,7 +221,7 @@ def _held_out(
     return HeldOut(reader=reader, config=settings)
 
 
-def check_cameras(
+def check_dataset(
     dataset: EpisodeDataset, config: SmolVLAConfig, rename: Mapping[str, str], *, path: str
 ) -> dict[str, str]:
     """What of a policy's mapping of cameras is a dataset's.

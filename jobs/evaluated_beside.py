@@ -101,10 +101,10 @@ def check(
     job = options.evaluation(JudgedPolicy(), TrackingOptions())
     try:
         if job.env:
-            evaluate_smolvla.check_rollouts(job, config)
+            evaluate_smolvla.check_rollouts(job, config, rename)
         if path := job.dataset.path:
             dataset = open_dataset(readable(path, flag="dataset.path"))
-            evaluate_smolvla.check_cameras(dataset, config, rename, path=path)
+            evaluate_smolvla.check_dataset(dataset, config, rename, path=path)
     except ValueError as error:
         raise ValueError(f"eval.{error}") from None
 

@@ -28,9 +28,15 @@ class IngestMetaWorld:
     seed: int = 0
     """Other seeds give other episodes."""
     size: int = 96
-    """Height and width of the camera in pixels."""
+    """Height and width of the pictures in pixels."""
+    cameras: tuple[str, ...] = ("corner2",)
+    """Meta-World's, separated by spaces: corner2 as LeRobot's, behindGripper, gripperPOV, topview, corner,
+    corner3, corner4."""
     action_noise: float = 0.0
     """Standard deviation of the noise on executed actions (range -1..1); the expert's own are recorded."""
+    noise_correlation: float = 0.0
+    """0..0.999, of one step's noise with the next one's: what leads the robot away from the expert's way and
+    makes it show the way back."""
     image_format: str = "jpeg"
     """jpeg or png."""
     jpeg_quality: int = 95
@@ -46,7 +52,9 @@ def main(job: IngestMetaWorld) -> int:
         num_episodes=job.episodes,
         seed=job.seed,
         size_px=job.size,
+        cameras=job.cameras,
         action_noise=job.action_noise,
+        noise_correlation=job.noise_correlation,
     )
     return run_ingestion(
         source,

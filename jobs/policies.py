@@ -4,7 +4,7 @@ import functools
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from pipelines.checkpoint import PRETRAINED
 from pipelines.dataset import filesystem_of
 from pipelines.files import exists, joined, parted, read_json
 from pipelines.run_storage import STEPS, RunStorage
+from smolvla.configuration import SmolVLAConfig
+from smolvla.modeling import EMPTY_CAMERA
 
 REGISTERED = "models:/"
 RECORD = "run.json"
@@ -156,3 +158,15 @@ def verified(checkpoint: str, work: Path | None = None) -> Path:
     if reason := storage.problem(name):
         raise ValueError(f"checkpoint {checkpoint}: {reason}")
     return storage.folder / name
+
+
+def seen_cameras(config: SmolVLAConfig, rename: Mapping[str, str]) -> dict[str, str]:
+    """What the robot calls a camera -> what the policy calls it; those that are always empty are left out.
+
+    Args:
+        config: the policy's.
+        rename: of its processor, from the robot's names to the policy's.
+    """
+    back = {theirs: ours for ours, theirs in rename.items()}
+    empty = {EMPTY_CAMERA.format(number) for number in range(config.empty_cameras)}
+    return {back.get(name, name): name for name in config.camera_names if name not in empty}

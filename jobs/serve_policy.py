@@ -21,7 +21,7 @@ import mlflow
 import ray
 
 from jobs import command_line, policies, tracking
-from jobs.policies import REGISTERED, Policy
+from jobs.policies import REGISTERED, Policy, seen_cameras
 from jobs.tracking import TrackingOptions
 from jobs.training_data import readable
 from pipelines import serving
@@ -31,7 +31,6 @@ from pipelines.questions import Signature
 from pipelines.serving import GATEWAY_CPUS, LOOPBACK, Limits, Serving, digest_of
 from smolvla.configuration import SmolVLAConfig
 from smolvla.features import ACTION, STATE
-from smolvla.modeling import EMPTY_CAMERA
 from smolvla.processing import SmolVLAProcessor
 
 MEGABYTE = 2**20
@@ -190,12 +189,9 @@ def signature_of(
     Raises:
         ValueError: the dataset is another robot's.
     """
-    back = {theirs: ours for ours, theirs in processor.files.rename.items()}
-    empty = {EMPTY_CAMERA.format(number) for number in range(config.empty_cameras)}
     cameras = {
-        back.get(name, name): tuple(config.input_features[name]["shape"][1:])
-        for name in config.camera_names
-        if name not in empty
+        ours: tuple(config.input_features[name]["shape"][1:])
+        for ours, name in seen_cameras(config, processor.files.rename).items()
     }
     widths = {name: processor.files.features[name]["shape"][0] for name in (STATE, ACTION)}
     names = {name: _names(dataset, name, width) for name, width in widths.items()}

@@ -67,6 +67,8 @@ class Gathering(Generic[Q, A]):
     async def _one(self, asked: Sequence[tuple[Q, "asyncio.Future[A]"]]) -> None:
         try:
             answers = await self._answered([question for question, _ in asked])
+            if len(answers) != len(asked):
+                raise RuntimeError(f"{len(answers)} answers to {len(asked)} questions")
         except Exception as error:  # noqa: BLE001 it is for those who asked
             for _, future in asked:
                 if not future.done():

@@ -69,6 +69,8 @@ class Rollouts:
     seed: int = 0
     size_px: int = 96
     """Of the pictures that the policy is given."""
+    cameras: tuple[str, ...]
+    """Columns of those pictures, as the environment calls them."""
     num_environments: int = 8
     max_steps: int | None = None
     """Actions after which an episode has failed; None: the environment's own limit."""
@@ -139,7 +141,8 @@ class Stage:
         if task != self._task:
             if self._env is not None:
                 self._env.close()
-            self._env = environment_class(self._rollouts.env)(task, size_px=self._rollouts.size_px)
+            found = environment_class(self._rollouts.env)
+            self._env = found(task, size_px=self._rollouts.size_px, cameras=self._rollouts.cameras)
             self._task = task
         return self._env
 

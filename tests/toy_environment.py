@@ -16,9 +16,10 @@ class ToyEnvironment:
     GROUPS: ClassVar = {"wave": "easy", "open": "hard"}
     FPS = 10
 
-    def __init__(self, task, *, size_px):
+    def __init__(self, task, *, size_px, cameras):
         self.instruction, self.max_steps = f"{task} it", 20
         self._size_px, self._done, self._goal = size_px, [], 0
+        self._cameras = cameras
 
     @staticmethod
     def check_task(task):
@@ -37,8 +38,7 @@ class ToyEnvironment:
         state = np.zeros(3, dtype=np.float32)
         if self._done:
             state += np.tanh(np.mean(self._done, axis=0)[:3])
-        names = ("observation.images.top", "observation.images.wrist")
-        return {name: self.render() for name in names} | {"observation.state": state}
+        return {name: self.render() for name in self._cameras} | {"observation.state": state}
 
     def render(self):
         return np.full((self._size_px, self._size_px, 3), 10 * len(self._done), dtype=np.uint8)

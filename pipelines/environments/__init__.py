@@ -19,7 +19,8 @@ Observation = dict[str, NDArray[Any]]
 class Environment(Protocol):
     """One robot and its world; built once and used for many episodes.
 
-    Its constructor takes the name of a task, and `size_px=`, the side of the pictures in pixels.
+    Its constructor takes the name of a task, `size_px=`, the side of the pictures in pixels, and `cameras=`,
+    the columns of the pictures that the policy sees.
     """
 
     instruction: str
@@ -83,6 +84,16 @@ def variables_of(found: Any) -> Mapping[str, str]:
 def groups_of(found: Any) -> Mapping[str, str]:
     """Task -> group of difficulty, where the benchmark has such groups."""
     return getattr(found, "GROUPS", {})
+
+
+def check_cameras(found: Any, cameras: tuple[str, ...]) -> None:
+    """Refuse cameras that an environment does not have, where it can tell before one is built.
+
+    Raises:
+        ValueError: names them.
+    """
+    if check := getattr(found, "check_cameras", None):
+        check(cameras)
 
 
 def check_tasks(found: Any, tasks: tuple[str, ...]) -> None:

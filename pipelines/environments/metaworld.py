@@ -1,7 +1,7 @@
-"""Meta-World's 50 tasks in MuJoCo, seen by one camera.
+"""Meta-World's 50 tasks in MuJoCo, seen by one or more of its cameras.
 
-Camera, flip, state and sentences follow lerobot's Meta-World environment; shadows and reflections are off,
-which makes software rendering ten times faster and the pictures a little different.
+The camera corner2, its flip, state and sentences follow lerobot's Meta-World environment; shadows and
+reflections are off, which makes software rendering ten times faster and the pictures a little different.
 
 MuJoCo chooses its renderer when it is imported, and importing torch after it has crashed: this module imports
 neither; the simulator is loaded where a `Simulation` is built, in a process with `PROCESS_VARIABLES` set.
@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from pipelines.environments import Observation
 
 PROCESS_VARIABLES = {"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa"}
-CAMERA = "observation.images.corner2"
+PREFIX = "observation.images."
+CAMERAS = ("corner2", "behindGripper", "gripperPOV", "topview", "corner", "corner3", "corner4")
+"""Meta-World's; corner2 is lerobot's, behindGripper and gripperPOV move with the hand."""
 CORNER2_POSITION = (0.75, 0.075, 0.7)
 """lerobot moves corner2 closer than Meta-World has it."""
 FPS = 80
@@ -113,7 +115,7 @@ def _nearest(task: str) -> str:
 
 
 class Simulation:
-    """One task's simulator and camera.
+    """One task's simulator and cameras.
 
     Building one takes half a second, so it is kept for many episodes; an episode in a used one is bit for bit
     that of a new one (tried for all 50 tasks).
@@ -150,14 +152,15 @@ class Simulation:
         self._place(self.env.model, self.env.data)
         return observation
 
-    def picture(self) -> NDArray[np.uint8]:
-        """What the camera sees, (size, size, 3) RGB."""
-        self._renderer.update_scene(self.env.data, camera="corner2")
-        # corner2 hangs upside down; lerobot turns its pictures by 180 degrees, too
-        return np.ascontiguousarray(self._renderer.render()[::-1, ::-1])
+    def picture(self, camera: str) -> NDArray[np.uint8]:
+        """What one of `CAMERAS` sees, (size, size, 3) RGB."""
+        self._renderer.update_scene(self.env.data, camera=camera)
+        picture = self._renderer.render()
+        # corner2 hangs upside down; lerobot turns its pictures by 180 degrees, too, and no others
+        return np.ascontiguousarray(picture[::-1, ::-1] if camera == "corner2" else picture)
 
     def close(self) -> None:
-        """Free the camera and the simulator."""
+        """Free the renderer and the simulator."""
         self._renderer.close()
         self.env.close()
 
@@ -168,9 +171,10 @@ class MetaWorldEnvironment:
     PROCESS_VARIABLES: ClassVar = PROCESS_VARIABLES
     GROUPS: ClassVar = GROUPS
 
-    def __init__(self, task: str, *, size_px: int) -> None:
+    def __init__(self, task: str, *, size_px: int, cameras: tuple[str, ...]) -> None:
         require_simulator()
         self._simulation = Simulation(task, size_px=size_px)
+        self._cameras = cameras
         self.instruction = SENTENCES[task]
         self.max_steps: int = self._simulation.env.max_path_length
         self._state = np.zeros(4, dtype=np.float32)
@@ -188,6 +192,18 @@ class MetaWorldEnvironment:
                 f"tasks: {task!r} is none of Meta-World's {len(SENTENCES)}: {nearest_task(task)}"
             )
 
+    @staticmethod
+    def check_cameras(cameras: tuple[str, ...]) -> None:
+        """Refuse columns that are no picture of Meta-World.
+
+        Raises:
+            ValueError: names them, and those that there are.
+        """
+        if unknown := sorted(set(cameras) - {PREFIX + camera for camera in CAMERAS}):
+            raise ValueError(
+                f"the policy sees {', '.join(unknown)}; Meta-World has {PREFIX} and {', '.join(CAMERAS)}"
+            )
+
     def reset(self, seed: int) -> Observation:
         """Goal and objects of a seed."""
         self._state = self._simulation.reset(seed)[:4].astype(np.float32)
@@ -200,12 +216,13 @@ class MetaWorldEnvironment:
         return bool(info["success"])
 
     def observe(self) -> Observation:
-        """The camera's picture, the hand's place and the gripper."""
-        return {CAMERA: self.render(), "observation.state": self._state}
+        """The cameras' pictures, the hand's place and the gripper."""
+        pictures = {name: self._simulation.picture(name.removeprefix(PREFIX)) for name in self._cameras}
+        return pictures | {"observation.state": self._state}
 
     def render(self) -> NDArray[np.uint8]:
-        """The camera's picture."""
-        return self._simulation.picture()
+        """What corner2 sees: all of the scene."""
+        return self._simulation.picture("corner2")
 
     def close(self) -> None:
         """Free the simulator."""

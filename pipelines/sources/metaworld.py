@@ -1,4 +1,4 @@
-"""Meta-World as a source: its scripted experts solve seeded tasks in MuJoCo and are filmed by one camera.
+"""Meta-World as a source: its scripted experts solve seeded tasks in MuJoCo and are filmed.
 
 The simulator is that of pipelines/environments/metaworld.py, in which policies are judged; it is loaded in
 the worker that runs the episodes, with `Listing.worker_env` set. A unit is one episode. It depends on (seed,
@@ -6,6 +6,8 @@ task, number of the episode) alone.
 """
 
 import importlib.metadata
+import itertools
+import math
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.environments.metaworld import (
-    CAMERA,
+    CAMERAS,
     FPS,
+    PREFIX,
     PROCESS_VARIABLES,
     SENTENCES,
     Simulation,
@@ -41,9 +44,14 @@ class MetaWorldSource:
     """Of each task: one number for all, or one per task in the order of `tasks`."""
     seed: int = 0
     size_px: int = 96
-    """Height and width of the camera."""
+    """Height and width of the pictures."""
+    cameras: tuple[str, ...] = ("corner2",)
+    """Of Meta-World's, see `CAMERAS`; the default is lerobot's."""
     action_noise: float = 0.0
     """Standard deviation of the noise added to the executed action; the recorded one stays the expert's."""
+    noise_correlation: float = 0.0
+    """Of one step's noise with the next one's. White noise hardly leads the hand off the expert's way: its
+    place then tells a policy where the goal is, and nothing shows the way back."""
     max_attempts: int = 10
     """Seeds tried for an episode; the experts solve at least three of four, so ten failures mean trouble."""
 
@@ -51,15 +59,16 @@ class MetaWorldSource:
         self._check()
         require_simulator()
         vector = {"dtype": "float32", "shape": [4]}
+        picture = {
+            "dtype": "image",
+            "shape": [self.size_px, self.size_px, 3],
+            "names": ["height", "width", "channels"],
+        }
         return Listing(
             fps=FPS,
             robot_type="sawyer",
-            features={
-                CAMERA: {
-                    "dtype": "image",
-                    "shape": [self.size_px, self.size_px, 3],
-                    "names": ["height", "width", "channels"],
-                },
+            features={PREFIX + camera: picture for camera in self.cameras}
+            | {
                 "observation.state": vector | {"names": STATE_NAMES},
                 "action": vector | {"names": ACTION_NAMES},
             },
@@ -82,7 +91,9 @@ class MetaWorldSource:
                 "episodes": self.num_episodes[0] if len(self.num_episodes) == 1 else list(self.num_episodes),
                 "seed": self.seed,
                 "size": self.size_px,
+                "cameras": list(self.cameras),
                 "action_noise": self.action_noise,
+                "noise_correlation": self.noise_correlation,
                 "max_attempts": self.max_attempts,
             },
             location="simulated",
@@ -90,6 +101,23 @@ class MetaWorldSource:
         )
 
     def _check(self) -> None:
+        if unknown := [camera for camera in self.cameras if camera not in CAMERAS]:
+            raise ValueError(f"cameras: {' '.join(unknown)} is none of Meta-World's: {', '.join(CAMERAS)}")
+        if not self.cameras or len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(f"cameras {' '.join(self.cameras)!r}: name at least one, and each once")
+        self._check_tasks()
+        for name, value, low, high in (
+            *(("episodes", number, 1, 1_000_000) for number in self.num_episodes),
+            ("size", self.size_px, 16, 1024),
+            ("seed", self.seed, 0, 2**32 - 1),
+            ("action_noise", self.action_noise, 0, 1),
+            ("noise_correlation", self.noise_correlation, 0, 0.999),
+            ("max_attempts", self.max_attempts, 1, 1000),
+        ):
+            if not low <= value <= high:
+                raise ValueError(f"{name} {value} is not within {low}..{high}")
+
+    def _check_tasks(self) -> None:
         if not self.tasks:
             raise ValueError("tasks is empty; name at least one, such as reach-v3")
         for task in self.tasks:
@@ -104,15 +132,6 @@ class MetaWorldSource:
                 f"episodes has {len(self.num_episodes)} numbers for {len(self.tasks)} tasks; "
                 "give one for all, or one per task"
             )
-        for name, value, low, high in (
-            *(("episodes", number, 1, 1_000_000) for number in self.num_episodes),
-            ("size", self.size_px, 16, 1024),
-            ("seed", self.seed, 0, 2**32 - 1),
-            ("action_noise", self.action_noise, 0, 1),
-            ("max_attempts", self.max_attempts, 1, 1000),
-        ):
-            if not low <= value <= high:
-                raise ValueError(f"{name} {value} is not within {low}..{high}")
 
     def _episodes_of_tasks(self) -> tuple[int, ...]:
         return self.num_episodes * len(self.tasks) if len(self.num_episodes) == 1 else self.num_episodes
@@ -134,7 +153,7 @@ class MetaWorldSource:
         """Rehearse without the camera until the expert succeeds; the same seed then plays in front of it."""
         for attempt in range(self.max_attempts):
             seeds = np.random.SeedSequence([self.seed, zlib.crc32(stage.task.encode()), number, attempt])
-            rehearsal = list(stage.rollout(seeds, action_noise=self.action_noise))
+            rehearsal = list(stage.rollout(seeds, self.action_noise, self.noise_correlation))
             if rehearsal[-1].solved:
                 break
         else:
@@ -147,7 +166,7 @@ class MetaWorldSource:
                 "observation.state": np.stack([step.state for step in rehearsal]),
                 "action": np.stack([step.action for step in rehearsal]),
             },
-            cameras={CAMERA: stage.filmed(seeds, action_noise=self.action_noise)},
+            cameras=stage.filmed(seeds, self.cameras, self.action_noise, self.noise_correlation),
             notes={"failed_attempts": attempt, "solved_frames": sum(step.solved for step in rehearsal)},
         )
 
@@ -173,13 +192,16 @@ class _Stage:
         self._expert_class = ENV_POLICY_MAP[task]
         self._simulation = Simulation(task, size_px=size_px)
 
-    def rollout(self, seeds: np.random.SeedSequence, *, action_noise: float) -> Iterator[_Step]:
+    def rollout(
+        self, seeds: np.random.SeedSequence, action_noise: float, noise_correlation: float
+    ) -> Iterator[_Step]:
         """Play one episode; the simulator stands at a step while the caller holds it.
 
         Ends `FRAMES_AFTER_SUCCESS` frames into success, or at the task's limit of 500 actions.
         """
         env_seed, noise_seed = (int(seed) for seed in seeds.generate_state(2))
-        noise = np.random.default_rng(noise_seed)
+        rng = np.random.default_rng(noise_seed)
+        noise, fresh = np.zeros(4), 1.0
         expert, env = self._expert_class(), self._simulation.env
         observation = self._simulation.reset(env_seed)
         num_solved, solved = 0, False
@@ -191,14 +213,30 @@ class _Stage:
             num_solved += solved
             if num_solved == FRAMES_AFTER_SUCCESS:
                 return
-            executed = np.clip(action + action_noise * noise.standard_normal(4), -1, 1).astype(np.float32)
+            noise = noise_correlation * noise + fresh * action_noise * rng.standard_normal(4)
+            fresh = math.sqrt(1 - noise_correlation**2)  # from the second step on: as wide as it began
+            executed = np.clip(action + noise, -1, 1).astype(np.float32)
             observation, _, _, _, info = env.step(executed)
             solved = bool(info["success"])
 
-    def filmed(self, seeds: np.random.SeedSequence, *, action_noise: float) -> Iterator[np.ndarray]:
-        """Yield the picture of every step of a rollout, uint8 (size, size, 3) RGB."""
-        for _ in self.rollout(seeds, action_noise=action_noise):
-            yield self._simulation.picture()
+    def filmed(
+        self,
+        seeds: np.random.SeedSequence,
+        cameras: Sequence[str],
+        action_noise: float,
+        noise_correlation: float,
+    ) -> dict[str, Iterator[np.ndarray]]:
+        """For each camera its pictures of every step of one rollout, uint8 (size, size, 3) RGB."""
+        moments = (
+            {camera: self._simulation.picture(camera) for camera in cameras}
+            for _ in self.rollout(seeds, action_noise, noise_correlation)
+        )
+        # a tee keeps what one camera was asked for and another not yet
+        copies = itertools.tee(moments, len(cameras))
+        return {
+            PREFIX + camera: (moment[camera] for moment in copy)
+            for camera, copy in zip(cameras, copies, strict=True)
+        }
 
     def close(self) -> None:
         self._simulation.close()

@@ -307,7 +307,7 @@ def test_wrong_input_ends_with_one_line_and_code_2(tmp_path):
     ("job", "flags", "message"),
     [
         (IngestMetaWorld, ["--tasks", "reach-v3"], "`output`"),
-        (IngestMetaWorld, ["--tasks", "reach-v3", "--output", "o", "--episodes", "many"], "`episodes`"),
+        (IngestMetaWorld, ["--tasks", "reach-v3", "--output", "o", "--episodes", "many"], "`episodes.0`"),
         (
             IngestMetaWorld,
             ["--task", "reach-v3", "--output", "o"],

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -119,6 +120,14 @@ def kill(ranks):
         rank.join()
 
 
+def finished_s(pipe):
+    """When a rank had saved its first step, by the monotonic clock; infinite if it was killed before."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        return math.inf
+
+
 def assert_exact(folder, step, policy, optimizer):
     """All that trains is what it was when the save of the step began, and so is the exported policy."""
     set_to(policy, optimizer, -2)
@@ -138,15 +147,17 @@ def test_a_save_killed_at_twenty_random_moments_leaves_the_previous_checkpoint_o
     policy, optimizer = trained(0)
     ranks, told = start(forks, tmp_path, 1)
     begun_s = time.monotonic()
-    duration_s = told[0].recv() - begun_s
+    duration_s = told[0].recv() - begun_s  # the first is the slowest: later ones make it shorter
     kill(ranks)
     newest = storage.newest()
     for _ in range(NUM_KILLS):
         assert newest is not None
         before = progress(newest).step
         ranks, told = start(forks, tmp_path, before + 1)
+        begun_s = time.monotonic()
         time.sleep(rng.uniform(0, 1.1 * duration_s))
         kill(ranks[::-1] if rng.random() < 0.5 else ranks)
+        duration_s = min(duration_s, finished_s(told[0]) - begun_s)
         newest = storage.newest()
         assert newest is not None
         after = progress(newest).step

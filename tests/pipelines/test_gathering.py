@@ -98,3 +98,16 @@ def test_it_answers_again_after_nobody_asked_for_a_while():
         return first, await gathering.answer(2)
 
     assert played(play) == ((10, 20), [[1], [2]])
+
+
+def test_too_few_answers_are_an_error_for_all_who_asked():
+    async def none(_questions):
+        return []
+
+    async def play():
+        async with asyncio.timeout(5):
+            return await asked_in_turn(Gathering(none, most=2, wait_s=0.05), [1, 2], every_s=0)
+
+    for error in asyncio.run(play()):
+        with pytest.raises(RuntimeError, match="0 answers to 2 questions"):
+            raise error

@@ -17,7 +17,13 @@ from pipelines.rollouts import Play, Played, Rollouts, Theatre, film, of_groups,
 
 TOY = "toy_environment:ToyEnvironment"
 ROLLOUTS = Rollouts(
-    env=TOY, tasks=("wave", "open"), episodes=4, n_action_steps=(3, 10), num_environments=3, size_px=40
+    env=TOY,
+    tasks=("wave", "open"),
+    episodes=4,
+    n_action_steps=(3, 10),
+    num_environments=3,
+    size_px=40,
+    cameras=("observation.images.top", "observation.images.wrist"),
 )
 
 

@@ -14,10 +14,11 @@ import pytest
 
 from pipelines.environments.metaworld import Simulation
 from pipelines.sources import Refusal
-from pipelines.sources.metaworld import CAMERA, FPS, SENTENCES, MetaWorldSource
+from pipelines.sources.metaworld import FPS, SENTENCES, MetaWorldSource
 
 pytest.importorskip("metaworld", reason="the extra `sim` is not installed")
 
+CAMERA = "observation.images.corner2"
 SOURCE = MetaWorldSource(tasks=("reach-v3", "button-press-topdown-v3"), num_episodes=(2,), seed=3, size_px=48)
 
 
@@ -51,11 +52,11 @@ def first_pictures(task, seeds):
     pairs = []
     for seed in seeds:
         simulation.reset(seed)
-        first = simulation.picture()
+        first = simulation.picture("corner2")
         mujoco.mj_forward(  # pyright: ignore[reportAttributeAccessIssue]
             simulation.env.model, simulation.env.data
         )
-        pairs.append((first, simulation.picture()))
+        pairs.append((first, simulation.picture("corner2")))
     simulation.close()
     return pairs
 
@@ -172,6 +173,19 @@ def test_noise_moves_the_robot_but_not_what_the_expert_says(elsewhere, all_films
     assert (state[1] != clean_state[1]).any()
 
 
+def test_correlated_noise_leads_the_robot_farther_off_the_experts_way(elsewhere, all_films):
+    clean, *_ = all_films["reach-v3/0"]
+    far = []
+    for correlation in (0.0, 0.9):
+        source = MetaWorldSource(
+            tasks=SOURCE.tasks, num_episodes=(1,), seed=3, action_noise=0.5, noise_correlation=correlation
+        )
+        ((state, *_),) = elsewhere(films, source, ["reach-v3/0"]).values()
+        off = np.linalg.norm(state[:, None, :3] - clean[None, :, :3], axis=-1).min(axis=1)
+        far.append(off.mean())
+    assert far[1] > 2 * far[0] > 0
+
+
 def test_each_task_has_its_number_of_episodes():
     listing = replace(SOURCE, num_episodes=(3, 1)).listing()
     names = [unit.name for unit in listing.units]
@@ -190,6 +204,7 @@ def test_each_task_has_its_number_of_episodes():
         ({"num_episodes": (2, 3)}, "episodes has 2 numbers for 1 tasks"),
         ({"size_px": 4}, "size 4 is not within 16..1024"),
         ({"action_noise": -0.1}, "action_noise -0.1"),
+        ({"noise_correlation": 1.0}, "noise_correlation 1.0 is not within 0..0.999"),
     ],
 )
 def test_wrong_flags_are_refused_by_name(change, message):
