@@ -61,6 +61,7 @@ os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 import ray  # noqa: E402
 
 from pipelines import output, sealing, writer  # noqa: E402
+from pipelines.columns import whole  # noqa: E402
 from pipelines.dataset import open_dataset  # noqa: E402
 from pipelines.images import decoded_image, shrunk  # noqa: E402
 from pipelines.plan import Plan, Rows  # noqa: E402
@@ -210,7 +211,7 @@ def bare_rows(reader: SampleReader) -> Iterator[int]:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, use_threads=False)
             for name, size in cameras:
-                for data in table[name].combine_chunks().field("bytes"):
+                for data in whole(table[name]).field("bytes"):
                     image = decoded_image(data.as_py())
                     assert image is not None
                     shrunk(image, size=size)

@@ -25,6 +25,7 @@ import ray
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
+from pipelines.columns import whole
 from pipelines.dataset import EpisodeDataset, filesystem_of
 from pipelines.features import FRAME, StoredFeatures
 from pipelines.files import atomic_stream
@@ -157,7 +158,7 @@ class FileEncoder:
     def _decoded(self, table: pa.Table) -> "_Group":
         images = {}
         for camera, fit in self._fits.items():
-            stored = table[camera].combine_chunks().field("bytes").to_pylist()
+            stored = whole(table[camera]).field("bytes").to_pylist()
             pixels = np.zeros((len(stored), *fit.scaled, 3), dtype=np.uint8)
             images[camera] = pixels, np.array([decoded_into(pixels[i], x, fit) for i, x in enumerate(stored)])
         return table.select(list(FRAME)), images
@@ -170,7 +171,7 @@ class FileEncoder:
         }
         first = 0
         for frames, images in groups:
-            columns = [frames[name].combine_chunks() for name in FRAME]
+            columns = [whole(frames[name]) for name in FRAME]
             for camera in self._fits:
                 rows = computed[camera][first : first + len(frames)]
                 columns.append(_binaries(rows, images[camera][1], schema.field(camera).type))

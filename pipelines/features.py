@@ -24,6 +24,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipelines.columns import whole
 from pipelines.dataset import EpisodeDataset, file_digests, filesystem_of
 from pipelines.files import exists, joined, read_json, write_json
 from smolvla.features import SCALE_BYTES, FeatureDtype
@@ -256,7 +257,7 @@ class PackedRows:
     """Columns of packed features, from which rows are put together."""
 
     def __init__(self, columns: Sequence[pa.ChunkedArray]) -> None:
-        arrays = [column.combine_chunks() for column in columns]
+        arrays = [whole(column) for column in columns]
         self._kind = arrays[0].type
         size = self._kind.byte_width
         self._data = [
@@ -285,7 +286,7 @@ class PackedRows:
 
 def unpacked_rows(column: pa.ChunkedArray, features: StoredFeatures, camera: str) -> tuple[Any, Any]:
     """(rows, tokens, entries) of a column without copying it, zeros where it is null, and which rows are."""
-    array = column.combine_chunks()
+    array = whole(column)
     size = array.type.byte_width
     flat = np.frombuffer(array.buffers()[1], np.uint8)[
         array.offset * size : (array.offset + len(array)) * size

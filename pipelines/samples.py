@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.augmentation import AugmentationConfig, augmented, draws
+from pipelines.columns import whole
 from pipelines.dataset import EpisodeDataset
 from pipelines.features import FRAME, PackedRows, StoredFeatures, unpacked_rows
 from pipelines.files import parted
@@ -208,8 +209,10 @@ class SampleReader:
         images = {name: kind([table[name] for table in tables]) for name in self.camera_names}
         first = 0
         for size in sizes:
-            taken = slice(first, first + size)
-            table, first = small.slice(first, size), first + size
+            taken, piece = slice(first, first + size), small.slice(first, size)
+            # copied: a slice would keep all rows, and take them along to the workers
+            table = pa.table({name: piece[name].combine_chunks() for name in piece.column_names})
+            first += size
             for name, column in images.items():
                 table = table.append_column(name, column.taken(unit_of_row[taken], rows.offset[taken]))
             yield table
@@ -282,7 +285,7 @@ class SampleReader:
         for name in self.camera_names:
             encoded = pa.nulls(rows * self.num_observations, pa.large_binary())
             if name in cameras:
-                encoded = read[cameras[name]].combine_chunks().field("bytes").cast(pa.large_binary())
+                encoded = whole(read[cameras[name]]).field("bytes").cast(pa.large_binary())
                 if self.num_observations > 1:
                     encoded = encoded.take(pa.array((seen - first_read).reshape(-1)))
             if self.num_observations > 1:
@@ -398,7 +401,7 @@ class SampleReader:
         images = self._image_memory(camera, (b * n, height, width, 3))
         fits = [self._fits.get((source, camera)) for source in out["source"].tolist()]
         augment = self._augmentation(out, number)
-        for i, stored in enumerate(column.combine_chunks().flatten() if n > 1 else column):
+        for i, stored in enumerate(whole(column).flatten() if n > 1 else column):
             fit = fits[i // n]
             if fit is None or fit.scaled != (height, width):
                 images[i] = 0
@@ -509,7 +512,7 @@ class _Binaries:
     def __init__(self, columns: Sequence[pa.ChunkedArray]) -> None:
         kind = columns[0].type
         self._n = kind.list_size if pa.types.is_fixed_size_list(kind) else 1
-        arrays = [column.combine_chunks() for column in columns]
+        arrays = [whole(column) for column in columns]
         flat = [array.flatten() if self._n > 1 else array for array in arrays]
         self._offsets = [
             np.frombuffer(a.buffers()[1], np.int64)[a.offset : a.offset + len(a) + 1] for a in flat
@@ -539,6 +542,6 @@ class _Binaries:
 
 def _vectors(column: pa.ChunkedArray) -> NDArray[Any]:
     """A list column (or a scalar one, LeRobot's shape (1,)) as (rows, width)."""
-    array = column.combine_chunks()
+    array = whole(column)
     flat = array.flatten() if pa.types.is_nested(column.type) else array
     return flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)

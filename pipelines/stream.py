@@ -39,6 +39,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.train import DataConfig
 
+from pipelines.columns import whole
 from pipelines.progress import position
 from pipelines.run_storage import RunStorage
 from pipelines.samples import STAGE_SECONDS, Batch, SampleReader
@@ -320,7 +321,7 @@ class StreamFromCheckpoint:
 
 def _one_row(table: pa.Table) -> pa.Table:
     """A table as one row of lists; nothing is copied."""
-    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    columns = {name: whole(table[name]) for name in table.column_names}
     offsets = pa.array([0, len(table)], type=pa.int64())
     return pa.table(
         {name: pa.LargeListArray.from_arrays(offsets, values) for name, values in columns.items()}
@@ -329,4 +330,4 @@ def _one_row(table: pa.Table) -> pa.Table:
 
 def all_rows(block: pa.Table) -> pa.Table:
     """What `_one_row` made a row of."""
-    return pa.table({name: block[name].combine_chunks().flatten() for name in block.column_names})
+    return pa.table({name: whole(block[name]).flatten() for name in block.column_names})

@@ -20,7 +20,7 @@ class Environment(Protocol):
     """One robot and its world; built once and used for many episodes.
 
     Its constructor takes the name of a task, `size_px=`, the side of the pictures in pixels, and `cameras=`,
-    the columns of the pictures that the policy sees.
+    the columns of the pictures that the policy sees. A class attribute `CAMERAS` may say which it can draw.
     """
 
     instruction: str
@@ -86,14 +86,16 @@ def groups_of(found: Any) -> Mapping[str, str]:
     return getattr(found, "GROUPS", {})
 
 
-def check_cameras(found: Any, cameras: tuple[str, ...]) -> None:
-    """Refuse cameras that an environment does not have, where it can tell before one is built.
+def drawn_cameras(found: Any, cameras: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of a policy's cameras that an environment draws: all, unless it has a list `CAMERAS`.
 
     Raises:
-        ValueError: names them.
+        ValueError: it draws none of them.
     """
-    if check := getattr(found, "check_cameras", None):
-        check(cameras)
+    drawn = tuple(camera for camera in cameras if camera in getattr(found, "CAMERAS", cameras))
+    if not drawn:
+        raise ValueError(f"the policy sees {', '.join(cameras)}; there are {', '.join(found.CAMERAS)}")
+    return drawn
 
 
 def check_tasks(found: Any, tasks: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """Environments registered with gymnasium, by their id."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -22,6 +22,8 @@ class GymnasiumEnvironment:
     attribute `task_description`.
     """
 
+    CAMERAS: ClassVar = (CAMERA,)
+
     def __init__(self, task: str, *, size_px: int, cameras: tuple[str, ...]) -> None:
         module, slash, _ = task.partition("/")
         self._env: Any = gymnasium.make(f"{module}:{task}" if slash else task, render_mode="rgb_array")
@@ -31,16 +33,6 @@ class GymnasiumEnvironment:
         self.max_steps: int = (self._env.spec and self._env.spec.max_episode_steps) or 1000
         self._latest: Any = None
         self._ended = False
-
-    @staticmethod
-    def check_cameras(cameras: tuple[str, ...]) -> None:
-        """Refuse more than the one picture that gymnasium renders.
-
-        Raises:
-            ValueError: names the columns.
-        """
-        if unknown := sorted(set(cameras) - {CAMERA}):
-            raise ValueError(f"the policy sees {', '.join(unknown)}; gymnasium's environments have {CAMERA}")
 
     @staticmethod
     def check_task(task: str) -> None:

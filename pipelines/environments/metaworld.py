@@ -170,6 +170,7 @@ class MetaWorldEnvironment:
 
     PROCESS_VARIABLES: ClassVar = PROCESS_VARIABLES
     GROUPS: ClassVar = GROUPS
+    CAMERAS: ClassVar = tuple(PREFIX + camera for camera in CAMERAS)
 
     def __init__(self, task: str, *, size_px: int, cameras: tuple[str, ...]) -> None:
         require_simulator()
@@ -190,18 +191,6 @@ class MetaWorldEnvironment:
         if task not in SENTENCES:
             raise ValueError(
                 f"tasks: {task!r} is none of Meta-World's {len(SENTENCES)}: {nearest_task(task)}"
-            )
-
-    @staticmethod
-    def check_cameras(cameras: tuple[str, ...]) -> None:
-        """Refuse columns that are no picture of Meta-World.
-
-        Raises:
-            ValueError: names them, and those that there are.
-        """
-        if unknown := sorted(set(cameras) - {PREFIX + camera for camera in CAMERAS}):
-            raise ValueError(
-                f"the policy sees {', '.join(unknown)}; Meta-World has {PREFIX} and {', '.join(CAMERAS)}"
             )
 
     def reset(self, seed: int) -> Observation:

@@ -11,7 +11,7 @@ import pytest
 from runs import new_run, toy_policy_and_reader
 from toy_environment import GOAL_STEPS, ToyEnvironment
 
-from pipelines.environments import check_tasks, environment_class
+from pipelines.environments import check_tasks, drawn_cameras, environment_class
 from pipelines.environments.metaworld import GROUPS, SENTENCES
 from pipelines.rollouts import Play, Played, Rollouts, Theatre, film, of_groups, successes, wilson
 
@@ -161,6 +161,14 @@ def test_a_task_that_is_none_is_refused():
         check_tasks(environment_class(TOY), ())
     with pytest.raises(ValueError, match="names one twice"):
         check_tasks(environment_class(TOY), ("wave", "wave"))
+
+
+def test_an_environment_draws_what_it_has_of_the_policys_cameras():
+    both = ("observation.images.top", "observation.images.left")
+    assert drawn_cameras(environment_class(TOY), both) == both  # it does not say what it has
+    assert drawn_cameras(environment_class("gymnasium"), both) == both[:1]
+    with pytest.raises(ValueError, match=r"sees observation\.images\.top, .*\.left; there are .*\.corner2, "):
+        drawn_cameras(environment_class("metaworld"), both)
 
 
 def test_a_small_picture_becomes_a_film_that_can_be_seen():

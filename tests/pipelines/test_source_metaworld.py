@@ -5,6 +5,7 @@ processes of its own, as in the job.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -12,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipelines.environments.metaworld import Simulation
+from pipelines.environments.metaworld import MetaWorldEnvironment, Simulation
 from pipelines.sources import Refusal
 from pipelines.sources.metaworld import FPS, SENTENCES, MetaWorldSource
 
@@ -186,6 +187,50 @@ def test_correlated_noise_leads_the_robot_farther_off_the_experts_way(elsewhere,
     assert far[1] > 2 * far[0] > 0
 
 
+def camera_films(source):
+    """Of the source's first episode all cameras, pulled a few frames at a time, one after another."""
+    (episode,) = source.episodes(source.listing().units[:1])
+    found = {name: [] for name in episode.cameras}
+    more = True
+    while more:
+        for name, film in episode.cameras.items():
+            pulled = list(itertools.islice(film, 7))
+            found[name] += pulled
+            more = len(pulled) == 7
+    return {name: np.stack(frames) for name, frames in found.items()}
+
+
+def seen_first(seed, cameras):
+    """The first observation of an environment."""
+    env = MetaWorldEnvironment("reach-v3", size_px=48, cameras=cameras)
+    observation = env.reset(seed)
+    env.close()
+    return observation
+
+
+def test_several_cameras_film_the_same_episode(elsewhere, all_films):
+    source = replace(SOURCE, cameras=("behindGripper", "corner2"))
+    assert list(source.listing().features)[:2] == [
+        "observation.images.behindGripper",
+        "observation.images.corner2",
+    ]
+    found = elsewhere(camera_films, source)
+    alone = all_films["reach-v3/0"][2]
+    np.testing.assert_array_equal(found["observation.images.corner2"], alone)
+    hand = found["observation.images.behindGripper"]
+    assert hand.shape == alone.shape
+    assert (hand[0] != alone[0]).mean() > 0.5
+    assert (hand[0] != hand[-1]).mean() > 0.1  # it moves with the hand
+
+
+def test_an_environment_shows_the_cameras_that_the_policy_sees(elsewhere):
+    names = ("observation.images.behindGripper", "observation.images.corner2")
+    both, one = (elsewhere(seen_first, 5, cameras) for cameras in (names, names[1:]))
+    assert set(both) == {*names, "observation.state"}
+    assert set(one) == {names[1], "observation.state"}
+    np.testing.assert_array_equal(both[names[1]], one[names[1]])
+
+
 def test_each_task_has_its_number_of_episodes():
     listing = replace(SOURCE, num_episodes=(3, 1)).listing()
     names = [unit.name for unit in listing.units]
@@ -204,6 +249,9 @@ def test_each_task_has_its_number_of_episodes():
         ({"num_episodes": (2, 3)}, "episodes has 2 numbers for 1 tasks"),
         ({"size_px": 4}, "size 4 is not within 16..1024"),
         ({"action_noise": -0.1}, "action_noise -0.1"),
+        ({"cameras": ("corner9",)}, "cameras: corner9 is none of Meta-World's: corner2, "),
+        ({"cameras": ("corner2", "corner2")}, "cameras 'corner2 corner2': name at least one, and each once"),
+        ({"cameras": ()}, "cameras '': name at least one"),
         ({"noise_correlation": 1.0}, "noise_correlation 1.0 is not within 0..0.999"),
     ],
 )
