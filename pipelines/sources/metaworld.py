@@ -12,6 +12,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 
@@ -234,7 +235,7 @@ class _Stage:
         # a tee keeps what one camera was asked for and another not yet
         copies = itertools.tee(moments, len(cameras))
         return {
-            PREFIX + camera: (moment[camera] for moment in copy)
+            PREFIX + camera: map(itemgetter(camera), copy)
             for camera, copy in zip(cameras, copies, strict=True)
         }
 

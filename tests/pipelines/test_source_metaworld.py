@@ -189,14 +189,14 @@ def test_correlated_noise_leads_the_robot_farther_off_the_experts_way(elsewhere,
 
 def camera_films(source):
     """Of the source's first episode all cameras, pulled a few frames at a time, one after another."""
-    (episode,) = source.episodes(source.listing().units[:1])
-    found = {name: [] for name in episode.cameras}
-    more = True
+    episode = next(episodes := source.episodes(source.listing().units[:1]))
+    found, more = {name: [] for name in episode.cameras}, True
     while more:
         for name, film in episode.cameras.items():
             pulled = list(itertools.islice(film, 7))
             found[name] += pulled
             more = len(pulled) == 7
+    episodes.close()
     return {name: np.stack(frames) for name, frames in found.items()}
 
 
