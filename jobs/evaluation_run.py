@@ -174,7 +174,7 @@ def tracked(
     mixes what it can with what it can without its eyes.
     """
     parent = _known_parent(options, policy)
-    tags = tracking.source_tags() | {"kind": "evaluation", "policy": policy.path}
+    tags = tracking.source_tags("jobs/evaluate_smolvla.py") | {"kind": "evaluation", "policy": policy.path}
     if policy.checkpoint:
         tags |= {"checkpoint_uri": policy.checkpoint, "checkpoint_step": str(policy.step)}
     if parent:

@@ -169,7 +169,7 @@ def log_dataset(
     run.client.log_inputs(run.run_id, datasets=inputs)
 
 
-def source_tags(program: str = "jobs/train_smolvla.py") -> dict[str, str]:
+def source_tags(program: str) -> dict[str, str]:
     """Who and what: user, program, git commit, Ray job."""
     tags = {
         "mlflow.user": getpass.getuser(),

@@ -525,7 +525,11 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
     """The MLflow run: a new one, or the one that this run's folder names."""
     storage, data = prepared.storage, prepared.data
     origins = [lineage.origin(dataset) for dataset in data.datasets]
-    tags = tracking.source_tags() | lineage.tags(data.datasets, origins) | {"run_folder": str(storage)}
+    tags = (
+        tracking.source_tags("jobs/train_smolvla.py")
+        | lineage.tags(data.datasets, origins)
+        | {"run_folder": str(storage)}
+    )
     tags["features_fingerprint"] = prepared.features.identity() or "none"
     if storage.has(RECORD):
         known = storage.read_json(RECORD)

@@ -1,5 +1,6 @@
 """Which frames of an episode a sample takes, when the policy's frame rate is not the data's."""
 
+import functools
 from fractions import Fraction
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 Int64 = NDArray[np.int64]
 
 
+@functools.lru_cache(maxsize=64)
 def frame_steps(count: int, *, data_fps: float, policy_fps: float) -> Int64:
     """(count,): how many frames of the data lie between a moment and the policy's k-th frame after it.
 
@@ -20,4 +22,6 @@ def frame_steps(count: int, *, data_fps: float, policy_fps: float) -> Int64:
     if policy_fps > data_fps:
         raise ValueError(f"fps {policy_fps} is above the {data_fps} frames a second of the data")
     ratio = Fraction(str(data_fps)) / Fraction(str(policy_fps))
-    return np.array([(k * ratio + Fraction(1, 2)).__floor__() for k in range(count)], dtype=np.int64)
+    steps = np.array([(k * ratio + Fraction(1, 2)).__floor__() for k in range(count)], dtype=np.int64)
+    steps.setflags(write=False)  # it is kept: the stream asks for each row group
+    return steps
