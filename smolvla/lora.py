@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
+
+from .tensor_files import write_tensors
 
 if TYPE_CHECKING:
     from .modeling import SmolVLAPolicy
@@ -128,4 +129,4 @@ def save_adapter(
         for name, tensor in (state_dict or policy.state_dict()).items()
         if kept.search(name)
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

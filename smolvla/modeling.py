@@ -15,7 +15,7 @@ from typing import Any, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import AutoTokenizer
@@ -37,6 +37,7 @@ from .normalization import has_statistics, without_buffers
 from .processing import IL_STUDIO, IL_STUDIO_IMAGE, TOKENS, TOKENS_MASK, SmolVLAProcessor
 from .real_time_chunking import Guidance
 from .smolvlm_with_expert import AttentionTables, JointLayer, KeysValues, SmolVLMWithExpertModel
+from .tensor_files import write_tensors
 
 Memory: TypeAlias = tuple[AttentionTables, list[KeysValues | None]]
 """An observation as the suffix sees it: tables, and the keys and values of every joint layer."""
@@ -687,7 +688,7 @@ class SmolVLAPolicy(nn.Module):
             for name, tensor in (merged(weights, self.lora) if self.lora else weights).items()
         }
         refuse_misfits(folder, self.shapes, tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     def save_description(self, folder: Path, stats: Mapping[str, Any] | None = None) -> None:
         """Write everything of a checkpoint but its weights.

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .configuration import SmolVLAConfig, checkpoint_file
 from .features import EPS, Feature, Normalizer
+from .tensor_files import write_tensors
 
 Statistics = dict[str, dict[str, Any]]
 """{feature: {statistic: value}} as in `meta/stats.json`."""
@@ -285,7 +286,7 @@ def write_normalization(
         (folder / f"{name}.json").write_text(json.dumps({"name": name, "steps": steps}, indent=2) + "\n")
         for step in steps:
             if "state_file" in step:
-                save_file(tensors, folder / step["state_file"])
+                write_tensors(tensors, folder / step["state_file"])
 
 
 def _steps_before(folder: Path, config: SmolVLAConfig, files: NormalizationFiles) -> list[dict[str, Any]]:

@@ -45,6 +45,14 @@ def test_a_round_trip_is_bit_identical_and_needs_no_other_folder(tmp_path):
     assert same_weights(policy, SmolVLAPolicy.from_pretrained(tmp_path / "moved"))
 
 
+def test_whoever_may_read_one_file_of_a_checkpoint_may_read_all(tmp_path):
+    random_policy(config()).save_pretrained(tmp_path, STATS)
+    (tmp_path / "plain").touch()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".safetensors" for path in files) == 3
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_a_checkpoint_is_not_written_without_the_files_of_its_vlm(tmp_path):
     random_policy(config()).save_pretrained(tmp_path / "deleted")
     policy = SmolVLAPolicy.from_pretrained(tmp_path / "deleted")
