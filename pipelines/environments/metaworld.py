@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.environments import Observation
+from pipelines.sources.mapping import CAMERA_PREFIX
 
 PROCESS_VARIABLES = {"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa"}
-PREFIX = "observation.images."
 CAMERAS = ("corner2", "behindGripper", "gripperPOV", "topview", "corner", "corner3", "corner4")
 """Meta-World's; corner2 is lerobot's, behindGripper and gripperPOV move with the hand."""
 CORNER2_POSITION = (0.75, 0.075, 0.7)
@@ -170,7 +170,7 @@ class MetaWorldEnvironment:
 
     PROCESS_VARIABLES: ClassVar = PROCESS_VARIABLES
     GROUPS: ClassVar = GROUPS
-    CAMERAS: ClassVar = tuple(PREFIX + camera for camera in CAMERAS)
+    CAMERAS: ClassVar = tuple(CAMERA_PREFIX + camera for camera in CAMERAS)
 
     def __init__(self, task: str, *, size_px: int, cameras: tuple[str, ...]) -> None:
         require_simulator()
@@ -206,7 +206,9 @@ class MetaWorldEnvironment:
 
     def observe(self) -> Observation:
         """The cameras' pictures, the hand's place and the gripper."""
-        pictures = {name: self._simulation.picture(name.removeprefix(PREFIX)) for name in self._cameras}
+        pictures = {
+            name: self._simulation.picture(name.removeprefix(CAMERA_PREFIX)) for name in self._cameras
+        }
         return pictures | {"observation.state": self._state}
 
     def render(self) -> NDArray[np.uint8]:

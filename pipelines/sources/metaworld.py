@@ -19,7 +19,6 @@ import numpy as np
 from pipelines.environments.metaworld import (
     CAMERAS,
     FPS,
-    PREFIX,
     PROCESS_VARIABLES,
     SENTENCES,
     Simulation,
@@ -27,6 +26,7 @@ from pipelines.environments.metaworld import (
     require_simulator,
 )
 from pipelines.sources import Episode, Listing, Refusal, Unit
+from pipelines.sources.mapping import CAMERA_PREFIX
 
 STATE_NAMES = ["hand_x", "hand_y", "hand_z", "gripper"]
 ACTION_NAMES = ["delta_x", "delta_y", "delta_z", "gripper_effort"]
@@ -68,7 +68,7 @@ class MetaWorldSource:
         return Listing(
             fps=FPS,
             robot_type="sawyer",
-            features={PREFIX + camera: picture for camera in self.cameras}
+            features={CAMERA_PREFIX + camera: picture for camera in self.cameras}
             | {
                 "observation.state": vector | {"names": STATE_NAMES},
                 "action": vector | {"names": ACTION_NAMES},
@@ -145,7 +145,7 @@ class MetaWorldSource:
             if stage is None or stage.task != task:
                 if stage is not None:
                     stage.close()
-                stage = _Stage(task, size_px=self.size_px)
+                stage = _Stage(task, self)
             yield self._episode(stage, unit.name, number)
         if stage is not None:
             stage.close()
@@ -154,7 +154,7 @@ class MetaWorldSource:
         """Rehearse without the camera until the expert succeeds; the same seed then plays in front of it."""
         for attempt in range(self.max_attempts):
             seeds = np.random.SeedSequence([self.seed, zlib.crc32(stage.task.encode()), number, attempt])
-            rehearsal = list(stage.rollout(seeds, self.action_noise, self.noise_correlation))
+            rehearsal = list(stage.rollout(seeds))
             if rehearsal[-1].solved:
                 break
         else:
@@ -167,7 +167,7 @@ class MetaWorldSource:
                 "observation.state": np.stack([step.state for step in rehearsal]),
                 "action": np.stack([step.action for step in rehearsal]),
             },
-            cameras=stage.filmed(seeds, self.cameras, self.action_noise, self.noise_correlation),
+            cameras=stage.filmed(seeds),
             notes={"failed_attempts": attempt, "solved_frames": sum(step.solved for step in rehearsal)},
         )
 
@@ -184,25 +184,23 @@ class _Step:
 
 
 class _Stage:
-    """One task's simulator with its expert."""
+    """One task's simulator with its expert, who acts and is filmed as the source says."""
 
-    def __init__(self, task: str, *, size_px: int) -> None:
+    def __init__(self, task: str, source: MetaWorldSource) -> None:
         from metaworld.policies import ENV_POLICY_MAP
 
-        self.task = task
+        self.task, self._source = task, source
         self._expert_class = ENV_POLICY_MAP[task]
-        self._simulation = Simulation(task, size_px=size_px)
+        self._simulation = Simulation(task, size_px=source.size_px)
 
-    def rollout(
-        self, seeds: np.random.SeedSequence, action_noise: float, noise_correlation: float
-    ) -> Iterator[_Step]:
+    def rollout(self, seeds: np.random.SeedSequence) -> Iterator[_Step]:
         """Play one episode; the simulator stands at a step while the caller holds it.
 
         Ends `FRAMES_AFTER_SUCCESS` frames into success, or at the task's limit of 500 actions.
         """
         env_seed, noise_seed = (int(seed) for seed in seeds.generate_state(2))
         rng = np.random.default_rng(noise_seed)
-        noise, fresh = np.zeros(4), 1.0
+        noise, fresh, correlation = np.zeros(4), 1.0, self._source.noise_correlation
         expert, env = self._expert_class(), self._simulation.env
         observation = self._simulation.reset(env_seed)
         num_solved, solved = 0, False
@@ -214,28 +212,22 @@ class _Stage:
             num_solved += solved
             if num_solved == FRAMES_AFTER_SUCCESS:
                 return
-            noise = noise_correlation * noise + fresh * action_noise * rng.standard_normal(4)
-            fresh = math.sqrt(1 - noise_correlation**2)  # from the second step on: as wide as it began
+            noise = correlation * noise + fresh * self._source.action_noise * rng.standard_normal(4)
+            fresh = math.sqrt(1 - correlation**2)  # from the second step on: as wide as it began
             executed = np.clip(action + noise, -1, 1).astype(np.float32)
             observation, _, _, _, info = env.step(executed)
             solved = bool(info["success"])
 
-    def filmed(
-        self,
-        seeds: np.random.SeedSequence,
-        cameras: Sequence[str],
-        action_noise: float,
-        noise_correlation: float,
-    ) -> dict[str, Iterator[np.ndarray]]:
+    def filmed(self, seeds: np.random.SeedSequence) -> dict[str, Iterator[np.ndarray]]:
         """For each camera its pictures of every step of one rollout, uint8 (size, size, 3) RGB."""
+        cameras = self._source.cameras
         moments = (
-            {camera: self._simulation.picture(camera) for camera in cameras}
-            for _ in self.rollout(seeds, action_noise, noise_correlation)
+            {camera: self._simulation.picture(camera) for camera in cameras} for _ in self.rollout(seeds)
         )
         # a tee keeps what one camera was asked for and another not yet
         copies = itertools.tee(moments, len(cameras))
         return {
-            PREFIX + camera: map(itemgetter(camera), copy)
+            CAMERA_PREFIX + camera: map(itemgetter(camera), copy)
             for camera, copy in zip(cameras, copies, strict=True)
         }
 
