@@ -48,10 +48,11 @@ demo-policy: up
 	$(EVALUATE) --tasks $(DEMO_TASKS) --blank_images true
 
 # Two at a time, each with a Ray and an MLflow of its own: one at a time leaves some of two cores idle. The tests of several
-# machines and of the tutorial come after the others: on two cores, beside them, both took too long for their own limits.
+# machines and of the tutorial come after the others, beside each other: on two cores, beside all of them, both took too
+# long for their own limits.
 ALONE = tests/infra/test_cluster.py tests/jobs/test_tutorial.py
 TEST = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25 $(ALONE:%=--ignore %) && \
-	$(PY) -m pytest $(ALONE)
+	$(PY) -m pytest -n 2 --dist loadfile --durations 5 $(ALONE)
 
 test: install
 	@infra/local/chromium.sh

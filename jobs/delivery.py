@@ -20,11 +20,11 @@ import ray
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.exceptions import MlflowException
-from ray.train import Checkpoint, UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.machines import Machines
 from jobs.pictures import Pictures
+from jobs.points import Point, RunWriter
 from jobs.tracking import CLIENT_ENVIRONMENT, TrackedRun
 from pipelines.dataset import filesystem_of
 from pipelines.files import parted
@@ -37,13 +37,7 @@ SPOOL = "metrics.jsonl"
 WAITING = "metrics_waiting.jsonl"  # in an object store: what was not delivered at the last checkpoint
 BATCH = 1000  # points; the REST API takes no more at once
 SHIP_EVERY_S = 1.0
-MEASURED = {"train/loss": "checkpoint/train_loss", "val/loss": "checkpoint/val_loss"}
-"""Of what is reported with a checkpoint, the metrics of its model. MLflow shows them at the run too, so they
-must not have the names of its curves."""
 RETRY_AFTER_S = 5.0
-SEND_EVERY_S = 0.2
-Point = tuple[int, dict[str, float], int]
-"""Step, values, time in ms."""
 LOOK_AT_MACHINES_EVERY_S = 10.0
 
 
@@ -256,70 +250,6 @@ def _points(record: Mapping[str, Any]) -> Iterator[Metric]:
             yield Metric(name, value, record["timestamp"], record[at])
 
 
-class RunWriter:
-    """What the train workers hold of the tracking: implements `pipelines.run.MetricWriter`.
-
-    A point waits in this process until a thread sends it, with all that came meanwhile: a call of an actor
-    costs a step a millisecond, this costs it microseconds. What dies with the process are points of steps
-    that will be computed again, because `flush` comes before a checkpoint counts.
-
-    Args:
-        actor: handle of a `Shipper`; Ray's types lose its methods.
-    """
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-        self._waiting: list[Point] = []
-        self._filled, self._sending = threading.Event(), threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def __reduce__(self) -> tuple[type["RunWriter"], tuple[Any]]:
-        return RunWriter, (self.actor,)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take one step's values and return."""
-        self._waiting.append((step, dict(metrics), int(time.time() * 1000)))
-        self._filled.set()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._send_always, daemon=True)
-            self._thread.start()
-
-    def _send_always(self) -> None:
-        while self._filled.wait():
-            self._send()
-            time.sleep(SEND_EVERY_S)
-
-    def _send(self) -> None:
-        with self._sending:  # one after the other, so that no later point overtakes
-            self._filled.clear()
-            count = len(self._waiting)
-            points, self._waiting[:count] = self._waiting[:count], []
-            if points:
-                self.actor.log.remote(points)
-
-    def predictions(self, step: int, found: Sequence[Predictions]) -> None:
-        """Send what the policy would do, and return at once."""
-        self.actor.predictions.remote(step, list(found))
-
-    def tag(self, tags: Mapping[str, str]) -> None:
-        """Set tags of the run, and return at once."""
-        self.actor.tag.remote(dict(tags))
-
-    def flush(self) -> None:
-        """Return when all points taken so far are on disk."""
-        self._send()
-        ray.get(self.actor.flush.remote())
-
-    def latest(self) -> tuple[int, dict[str, float]]:
-        """The newest point."""
-        step, metrics = ray.get(self.actor.latest.remote())
-        return step, metrics
-
-    def close(self, timeout_s: float) -> int:
-        """Deliver the rest; returns how many records are still only in the spool."""
-        return int(ray.get(self.actor.close.remote(timeout_s)))
-
-
 def last_step(run: TrackedRun) -> int:
     """The last step of which the server has a point; every point has a learning rate."""
     return max((point.step for point in run.client.get_metric_history(run.run_id, "train/lr")), default=0)
@@ -333,18 +263,3 @@ def run_writer(run: TrackedRun, storage: RunStorage) -> RunWriter:
     )
     began_ms = run.client.get_run(run.run_id).info.start_time
     return RunWriter(actor.remote(run, storage, began_ms))
-
-
-class CheckpointsInMlflow(UserCallback):
-    """Tells the writer of every registered checkpoint. Runs in Ray Train's controller: it must not fail."""
-
-    def __init__(self, writer: RunWriter, storage: RunStorage) -> None:
-        self._writer, self._storage = writer, storage
-
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
-    ) -> None:
-        if checkpoint is not None:
-            uri = self._storage.address(Path(checkpoint.path).name)
-            measured = {MEASURED[name]: value for name, value in metrics[0].items() if name in MEASURED}
-            self._writer.actor.checkpoint.remote(metrics[0]["step"], uri, measured, int(time.time() * 1000))

@@ -19,8 +19,10 @@ os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 # workers more often than every 2 s what they have to say.
 os.environ.setdefault("RAY_num_workers_soft_limit", "16")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-# What is exported to Prometheus every 10 s else, and a small run may take less.
-os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
+# What is exported to Prometheus every 10 s else, and a small run may take less; a hundred idle processes that
+# export every second keep half a core busy.
+os.environ.setdefault("RAY_metrics_report_interval_ms", "4000")
+os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "30000")  # statistics of every process of the node
 
 
 def pytest_configure(config):

@@ -53,6 +53,16 @@ def test_a_flag_nobody_has_ends_the_job_with_one_line(capsys):
     assert "unknown flag --tsk; did you mean --task?" in capsys.readouterr().err
 
 
+def test_a_value_of_another_kind_ends_the_job_with_one_line_though_a_file_has_a_good_one(tmp_path, capsys):
+    path = tmp_path / "job.yaml"
+    path.write_text("count: 3\n")
+    with pytest.raises(SystemExit) as caught:
+        parsed(Job, ["--config", str(path), "--count", "many"])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "`count`: Couldn't parse 'many' into an int" in line
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -28,6 +28,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from test_ingest_s3 import SECRETS, bucket, server
 from toy_environment import GOAL_STEPS
 from toys import with_cut_image
+from waiting import wait_until
 
 from jobs import command_line, policies, reap_runs, train_smolvla
 from jobs.tracking import TrackingOptions
@@ -49,8 +50,8 @@ STEPS = 40  # enough that a stop finds the run unfinished
 class Jobs:
     """Submits the training job and waits for what it does."""
 
-    def __init__(self, services, storage):
-        self.url = services["ray"]["url"]
+    def __init__(self, services, storage, policy):
+        self.url, self.policy = services["ray"]["url"], policy
         self.client = JobSubmissionClient(self.url)
         self.mlflow_uri, self.storage = services["mlflow"]["url"], storage
         self.mlflow = MlflowClient(self.mlflow_uri)
@@ -60,6 +61,7 @@ class Jobs:
     def flags(self, name, dataset, **changes):
         flags = {
             "config": "configs/train/demo.yaml",
+            "policy.path": f'"{self.policy}"',
             "dataset.path": f'"{dataset}"',
             "storage_path": f'"{self.storage}"',
             "run_name": name,
@@ -154,7 +156,17 @@ class Jobs:
 
 @pytest.fixture(scope="module")
 def jobs(services, tmp_path_factory):
-    return Jobs(services, tmp_path_factory.mktemp("my runs"))
+    folder = tmp_path_factory.mktemp("my runs")
+    return Jobs(services, folder, smaller_policy(folder.with_name("smaller policy")))
+
+
+def smaller_policy(folder):
+    """The demo's, with LeRobot's tiny VLM instead of its own: most of a step's time is the tower's."""
+    config = json.loads((ROOT / "configs/policy/tiny/config.json").read_text())
+    config |= {"vlm_model_name": str(ROOT / "tests/golden/tiny_vlm"), "resize_imgs_with_padding": [64, 64]}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -259,8 +271,8 @@ def test_a_job_is_stopped_then_its_driver_and_its_node_are_lost_and_the_run_goes
     uninterrupted, jobs, services, episodes, bucket, tmp_path
 ):
     """Two workers that share the policy are told to stop and save before they do; one goes on until its
-    driver is killed, what its node held is lost and its newest checkpoint is damaged; two bring it home, of
-    which one is killed while MLflow's server is away."""
+    driver is killed, what its node held is lost and its newest checkpoint is damaged; two bring it home while
+    MLflow's server is away."""
     work = tmp_path / "work"
     uri = bucket("runs")
     place = {"storage_path": f"'{uri}'", "work_path": f"'{work}'", "checkpoint.every": 20}
@@ -290,12 +302,12 @@ def test_a_job_is_stopped_then_its_driver_and_its_node_are_lost_and_the_run_goes
         with filesystem.open_output_stream(f"{root}/{name}/pretrained_model/config.json") as stream:
             stream.write(b"{}")
 
-    job = jobs.submit("stored", episodes, max_failures=1, **place)
+    job = jobs.submit("stored", episodes, **place)
     jobs.wait_for_step("stored", job, 25, folder=work)
-    with server_away(services, seconds=60):
-        kill_a_worker(services)
+    with server_away(services):
+        wait_until(lambda: "points wait in" in jobs.client.get_job_logs(job), within_s=200)
+        jobs.wait_for_file(run.address(f"step_{STEPS:09d}/MANIFEST.json"), job)
     assert jobs.wait(job) == JobStatus.SUCCEEDED, jobs.client.get_job_logs(job)[-4000:]
-    assert "points wait in" in jobs.client.get_job_logs(job)
     assert "step_000000020 is skipped: pretrained_model/config.json" in jobs.client.get_job_logs(job)
     assert jobs.curve("stored", run) == pytest.approx(jobs.curve("uninterrupted"), rel=1e-5)
     ended = jobs.run_of("stored", run)
@@ -313,20 +325,13 @@ def test_a_job_is_stopped_then_its_driver_and_its_node_are_lost_and_the_run_goes
 
 
 @contextlib.contextmanager
-def server_away(services, *, seconds):
-    """MLflow's server is killed, and comes back after so long."""
-    until = time.monotonic() + seconds
+def server_away(services):
+    """MLflow's server is killed, and comes back afterwards."""
     server = psutil.Process(services["mlflow"]["pid"])
     for process in (server, *server.children(recursive=True)):
         process.kill()
     yield
-    time.sleep(until - time.monotonic())
     subprocess.run([sys.executable, str(ROOT / "infra/local/services.py"), "up"], check=True, timeout=240)
-
-
-def kill_a_worker(services):
-    family = psutil.Process(services["ray"]["pid"]).children(recursive=True)
-    next(process for process in family if "RayTrainWorker" in " ".join(process.cmdline())).kill()
 
 
 def reap(jobs):
@@ -345,7 +350,7 @@ def test_a_complete_run_started_again_has_nothing_to_do(uninterrupted, jobs, epi
 
 
 BESIDE = {
-    "eval.every": 10,
+    "eval.every": 20,
     "eval.env": "toy_environment:TroubledEnvironment",
     "eval.tasks": "wave open",
     "eval.episodes": 3,
@@ -397,7 +402,7 @@ def test_evaluations_that_crash_leave_the_training_as_it_is_to_the_last_bit(besi
     run = jobs.run_of("beside")
     assert run.info.status == "FINISHED"
     found = records(jobs)
-    assert sorted(step for step, _, _ in found) == [10, 20, 30, 40]  # each is accounted for, and once
+    assert sorted(step for step, _, _ in found) == [20, 40]  # each is accounted for, and once
     assert {status for _, status, _ in found} <= {"failed", "skipped"}
     failed = [(step, reason) for step, status, reason in found if status == "failed"]
     assert failed[-1][0] == STEPS
@@ -731,29 +736,17 @@ def test_a_vlm_that_cannot_be_had_is_refused_by_its_name(good, tmp_path):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--stps", "3"], "unknown flag --stps; did you mean --steps?"),
-        (
-            ["--config", "configs/train/demo.yaml", "--steps", "many"],
-            "`steps`: Couldn't parse 'many' into an int",
-        ),
-    ],
-)
-def test_the_command_line_answers_a_mistake_with_one_line_and_exit_code_2(words, message):
+def test_the_command_line_answers_a_mistake_with_one_line_and_exit_code_2():
     done = subprocess.run(
-        [sys.executable, "jobs/train_smolvla.py", *words],
+        [sys.executable, "jobs/train_smolvla.py", "--stps", "3"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 2
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1
-    assert message in lines[0]
-    assert lines[0].startswith("train_smolvla.py: ")
+    (line,) = done.stderr.strip().splitlines()
+    assert line == "train_smolvla.py: unknown flag --stps; did you mean --steps?"
 
 
 def test_a_tracking_server_that_does_not_answer_is_refused_before_ray_starts(good):
