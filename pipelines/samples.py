@@ -275,13 +275,12 @@ class SampleReader:
         chunk = _vectors(ahead["action"])[np.minimum(window, length - 1) - first_frame]  # (rows, H, A)
         state = _vectors(read["observation.state"])[seen - first_read]  # (rows, n, S)
         arrays = {"observation.state": state, "action": chunk, "action_is_pad": window >= length}
+        filled: dict[str, Any] = {name: table[name] for name in (*FRAME, "task_index")}
         for name, values in arrays.items():
-            flat = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values[0].size)
-            table = table.drop_columns(name) if name in table.column_names else table
-            table = table.append_column(name, flat)
+            flat = pa.array(values.reshape(-1))
+            filled[name] = pa.FixedSizeListArray.from_arrays(flat, values[0].size)
         if self.from_features:
-            return self._with_features(table, source, unit)
-        table = table.drop_columns(list(cameras.values()))  # all of them first: names may be swapped
+            return self._with_features(pa.table(filled), source, unit)
         for name in self.camera_names:
             encoded = pa.nulls(rows * self.num_observations, pa.large_binary())
             if name in cameras:
@@ -290,8 +289,8 @@ class SampleReader:
                     encoded = encoded.take(pa.array((seen - first_read).reshape(-1)))
             if self.num_observations > 1:
                 encoded = pa.FixedSizeListArray.from_arrays(encoded, self.num_observations)
-            table = table.append_column(name, encoded)
-        return table
+            filled[name] = encoded
+        return pa.table(filled)
 
     def _with_features(self, table: pa.Table, source: int, unit: int) -> pa.Table:
         """The rows of a unit with their packed features; null for a camera that the dataset lacks."""
@@ -358,6 +357,10 @@ class SampleReader:
         Instead of images there may be features, `<camera>_features` (b, tokens, entries), packed. With
         several observations images are (b, n, h, w, 3) and states (b, n, S).
         """
+        return self.with_images(self.without_images(batch), batch)
+
+    def without_images(self, batch: pa.Table) -> Batch:
+        """What `decoded` gives but images and features: little work a row, and less for many at once."""
         b, n = len(batch), self.num_observations
         out: Batch = {name: batch[name].to_numpy() for name in ROW_IDS if name in batch.column_names}
         out["action_is_pad"] = _vectors(batch["action_is_pad"])
@@ -375,13 +378,17 @@ class SampleReader:
             tokens = source.tokens.shape[1]
             out[TOKENS][mine, :tokens] = source.tokens[task[mine]]
             out[TOKEN_MASK][mine, :tokens] = source.token_mask[task[mine]]
-        out["bad_cameras"] = np.zeros(b, dtype=np.int64)
+        for camera in self.cameras_that_some_lack:
+            has = [(source, camera) in self._fits for source in out["source"].tolist()]
+            out[PADDING_MASK.format(camera)] = np.array(has)
+        return out
+
+    def with_images(self, batch: Batch, encoded: pa.Table) -> Batch:
+        """Those rows with their images or features: what `without_images` of `encoded` left out."""
+        out = batch | {"bad_cameras": np.zeros(len(encoded), dtype=np.int64)}
+        add = self._add_features if self.from_features else self._add_images
         for number, camera in enumerate(self.camera_names):
-            if camera in self.cameras_that_some_lack:
-                has = [(source, camera) in self._fits for source in out["source"].tolist()]
-                out[PADDING_MASK.format(camera)] = np.array(has)
-            add = self._add_features if self.from_features else self._add_images
-            add(out, batch[camera], number=number)
+            add(out, encoded[camera], number=number)
         # Nothing is learned from a row that nobody can see.
         out["action_is_pad"] = out["action_is_pad"] | (out["bad_cameras"] != 0)[:, None]
         return out
@@ -408,7 +415,8 @@ class SampleReader:
             if fit is None:
                 continue
             place = images[i, height - fit.scaled[0] :, width - fit.scaled[1] :]
-            if not decoded_into(place, stored.as_py(), fit):
+            buffer = stored.as_buffer()
+            if not decoded_into(place, None if buffer is None else memoryview(buffer), fit):
                 out["bad_cameras"][i // n] |= 1 << number
                 images[i] = 0
             elif augment:
@@ -493,7 +501,7 @@ class SampleReader:
         return fits
 
 
-def decoded_into(place: NDArray[np.uint8], encoded: bytes | None, fit: Fit) -> bool:
+def decoded_into(place: NDArray[np.uint8], encoded: bytes | memoryview | None, fit: Fit) -> bool:
     """Fill (h, w, 3) RGB; False if the image cannot be decoded, or has not the declared size.
 
     Resizing is bilinear without antialiasing, as in the reference; it differs from the reference's float

@@ -61,8 +61,8 @@ BLOCKS_IN_STORE = 64
 written, some wait, and each worker holds those that it prefetches."""
 NUM_WORKERS, BLOCK_BYTES = "smolvla.num_workers", "smolvla.block_bytes"
 """In the dataset's context, which travels with its tasks."""
-REST_S = 0.05
-"""Half of what Ray waits by itself for a task."""
+REST_S = 0.1
+"""What Ray waits by itself for a task."""
 
 
 Decoding = Literal["tasks", "workers"]
@@ -216,12 +216,10 @@ def micro_batches(
     return blocks
 
 
-def decoded_and_timed(reader: SampleReader, rows: pa.Table, *, since: float) -> Batch:
-    """Rows of a block as arrays, with `STAGE_SECONDS`; decoding began when `perf_counter` said `since`."""
-    batch = reader.decoded(rows)
+def timed(batch: Batch, rows: pa.Table, *, since: float) -> Batch:
+    """Decoded rows of a block with `STAGE_SECONDS`; decoding began when `perf_counter` said `since`."""
     seconds = [rows["read_s"][0].as_py(), (time.perf_counter() - since) / len(rows), 0.0]
-    batch[STAGE_SECONDS] = np.tile(np.array(seconds, dtype=np.float32), (len(rows), 1))
-    return batch
+    return batch | {STAGE_SECONDS: np.tile(np.array(seconds, dtype=np.float32), (len(rows), 1))}
 
 
 def _decoded(
@@ -234,7 +232,7 @@ def _decoded(
         local = _local(ref)  # also for an empty block: the first of them are there to make it ready
         if not len(rows):
             return {"micro_batch": np.empty((1, 0), dtype=np.int64)}
-        batch = decoded_and_timed(local, rows, since=started)
+        batch = timed(local.decoded(rows), rows, since=started)
         return {name: values[None] for name, values in batch.items()}
 
     blocks = encoded.map_batches(

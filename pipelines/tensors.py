@@ -17,7 +17,7 @@ from ray.data import DataIterator
 from ray.data.collate_fn import NumpyBatchCollateFn
 
 from pipelines.samples import Batch, SampleReader
-from pipelines.stream import all_rows, decoded_and_timed
+from pipelines.stream import all_rows, timed
 
 AHEAD_A_THREAD = 2  # micro-batches
 DECODERS_NICER = 5  # than the process
@@ -149,22 +149,24 @@ class Decoded:
         try:
             for block in self._blocks:
                 rows = all_rows(block)
+                small = self._reader.without_images(rows) if len(rows) else {}
                 for first in range(0, len(rows), b):
                     room.acquire()
                     if over.is_set():
                         return
-                    ahead.put(decoders.submit(self._one, rows.slice(first, b)))
+                    part = {name: values[first : first + b] for name, values in small.items()}
+                    ahead.put(decoders.submit(self._one, part, rows.slice(first, b)))
             ahead.put(None)
         except BaseException as error:  # noqa: BLE001 for who trains, not for this thread
             failed: Future[dict[str, torch.Tensor]] = Future()
             failed.set_exception(error)
             ahead.put(failed)
 
-    def _one(self, rows: pa.Table) -> dict[str, torch.Tensor]:
+    def _one(self, batch: Batch, rows: pa.Table) -> dict[str, torch.Tensor]:
         started = time.perf_counter()
         if not hasattr(self._own, "reader"):
             self._own.reader = replace(self._reader)
-        tensors = self._to_torch(decoded_and_timed(self._own.reader, rows, since=started))
+        tensors = self._to_torch(timed(self._own.reader.with_images(batch, rows), rows, since=started))
         return {name: t.pin_memory() for name, t in tensors.items()} if self._pin else tensors
 
 
