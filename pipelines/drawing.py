@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.inspection import Look, counted, spread
 from pipelines.predictions import Predictions
+from pipelines.sources.mapping import CAMERA_PREFIX
 
 TILE_PX = 220
 """Side of the square that every image is fitted into."""
@@ -99,7 +100,7 @@ def sample_card(images: Mapping[str, np.ndarray], *, task: str, place: str) -> I
     left = MARGIN_PX
     for name, tile in tiles.items():
         card.paste(tile, (left, 58))
-        label = _shortened(name.removeprefix("observation.images."), _font(13), tile.width)
+        label = _shortened(name.removeprefix(CAMERA_PREFIX), _font(13), tile.width)
         draw.text((left, 62 + height), label, GREY, font=_font(13))
         left += tile.width + GAP_PX
     return card
@@ -119,7 +120,7 @@ def _band(look: Look, *, width: int, fps: float) -> Image.Image:
     draw.text((left, 12), _shortened(told, _font(15), width - MARGIN_PX - left), INK, font=_font(15))
     top = header_px
     for camera, images in look.images.items():
-        label = _upright(camera.removeprefix("observation.images."), length=heights[camera])
+        label = _upright(camera.removeprefix(CAMERA_PREFIX), length=heights[camera])
         band.paste(label, (MARGIN_PX, top))
         for place, (frame, image) in enumerate(zip(look.frames, images, strict=True)):
             left = MARGIN_PX + LABEL_PX + place * (TILE_PX + GAP_PX)

@@ -61,17 +61,12 @@ def encoded_kind(data: bytes | None) -> tuple[str, tuple[int, int]] | None:
         return None
 
 
-def is_whole(data: bytes | memoryview) -> bool:
+def is_whole(data: bytes) -> bool:
     """Whether a JPEG or PNG ends as one must: decoders fill a cut-off image with grey and say nothing."""
-    if bytes(data[:2]) != JPEG_START:
-        return bytes(data[-len(PNG_END) :]) == PNG_END
-    last = bytes(data[-32:]).rstrip(b"\0")
-    if len(last) < len(JPEG_END):  # hardly more than zeros, which some writers fill up with
-        last = bytes(data).rstrip(b"\0")
-    return last.endswith(JPEG_END)
+    return data.rstrip(b"\0").endswith(JPEG_END) if data.startswith(JPEG_START) else data.endswith(PNG_END)
 
 
-def decoded_image(data: bytes | memoryview | None) -> np.ndarray | None:
+def decoded_image(data: bytes | None) -> np.ndarray | None:
     """Return the pixels (H, W, 3) that a reader of a stored image sees; None if there is no image in it.
 
     OpenCV decodes bit for bit what PIL and torchvision decode.

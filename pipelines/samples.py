@@ -415,8 +415,7 @@ class SampleReader:
             if fit is None:
                 continue
             place = images[i, height - fit.scaled[0] :, width - fit.scaled[1] :]
-            buffer = stored.as_buffer()
-            if not decoded_into(place, None if buffer is None else memoryview(buffer), fit):
+            if not decoded_into(place, stored.as_py(), fit):
                 out["bad_cameras"][i // n] |= 1 << number
                 images[i] = 0
             elif augment:
@@ -501,7 +500,7 @@ class SampleReader:
         return fits
 
 
-def decoded_into(place: NDArray[np.uint8], encoded: bytes | memoryview | None, fit: Fit) -> bool:
+def decoded_into(place: NDArray[np.uint8], encoded: bytes | None, fit: Fit) -> bool:
     """Fill (h, w, 3) RGB; False if the image cannot be decoded, or has not the declared size.
 
     Resizing is bilinear without antialiasing, as in the reference; it differs from the reference's float

@@ -25,6 +25,7 @@ from exporters import exported_lines
 from mlflow import MlflowClient
 from PIL import Image
 from ray.job_submission import JobStatus, JobSubmissionClient
+from runs import VLM
 from test_ingest_s3 import SECRETS, bucket, server
 from toy_environment import GOAL_STEPS
 from toys import with_cut_image
@@ -38,6 +39,7 @@ from pipelines.files import exists, joined
 from pipelines.metrics import OF_POINTS, SPOOL
 from pipelines.run_storage import RunStorage
 from smolvla import SmolVLAPolicy
+from smolvla.configuration import SmolVLAConfig
 
 assert bucket, server  # fixtures
 
@@ -162,10 +164,8 @@ def jobs(services, tmp_path_factory):
 
 def smaller_policy(folder):
     """The demo's, with LeRobot's tiny VLM instead of its own: most of a step's time is the tower's."""
-    config = json.loads((ROOT / "configs/policy/tiny/config.json").read_text())
-    config |= {"vlm_model_name": str(ROOT / "tests/golden/tiny_vlm"), "resize_imgs_with_padding": [64, 64]}
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
+    config = SmolVLAConfig.from_pretrained(ROOT / "configs/policy/tiny")
+    config.changed(vlm_model_name=str(VLM), resize_imgs_with_padding=(64, 64)).save_pretrained(folder)
     return folder
 
 
@@ -271,8 +271,8 @@ def test_a_job_is_stopped_then_its_driver_and_its_node_are_lost_and_the_run_goes
     uninterrupted, jobs, services, episodes, bucket, tmp_path
 ):
     """Two workers that share the policy are told to stop and save before they do; one goes on until its
-    driver is killed, what its node held is lost and its newest checkpoint is damaged; two bring it home while
-    MLflow's server is away."""
+    driver is killed, what its node held is lost and its newest checkpoint is damaged; two bring it home, of
+    which one is killed while MLflow's server is away."""
     work = tmp_path / "work"
     uri = bucket("runs")
     place = {"storage_path": f"'{uri}'", "work_path": f"'{work}'", "checkpoint.every": 20}
@@ -302,9 +302,10 @@ def test_a_job_is_stopped_then_its_driver_and_its_node_are_lost_and_the_run_goes
         with filesystem.open_output_stream(f"{root}/{name}/pretrained_model/config.json") as stream:
             stream.write(b"{}")
 
-    job = jobs.submit("stored", episodes, **place)
+    job = jobs.submit("stored", episodes, max_failures=1, **place)
     jobs.wait_for_step("stored", job, 25, folder=work)
     with server_away(services):
+        kill_a_worker(services)
         wait_until(lambda: "points wait in" in jobs.client.get_job_logs(job), within_s=200)
         jobs.wait_for_file(run.address(f"step_{STEPS:09d}/MANIFEST.json"), job)
     assert jobs.wait(job) == JobStatus.SUCCEEDED, jobs.client.get_job_logs(job)[-4000:]
@@ -332,6 +333,11 @@ def server_away(services):
         process.kill()
     yield
     subprocess.run([sys.executable, str(ROOT / "infra/local/services.py"), "up"], check=True, timeout=240)
+
+
+def kill_a_worker(services):
+    family = psutil.Process(services["ray"]["pid"]).children(recursive=True)
+    next(process for process in family if "RayTrainWorker" in " ".join(process.cmdline())).kill()
 
 
 def reap(jobs):
