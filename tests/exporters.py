@@ -1,9 +1,12 @@
 """What Prometheus would be told."""
 
+import contextlib
 import json
 import urllib.request
 
 from infra.local.services import RAY_FILES
+
+TRIES = 3
 
 
 def exported_lines():
@@ -11,6 +14,18 @@ def exported_lines():
     lines = []
     for entry in json.loads((RAY_FILES / "prom_metrics_service_discovery.json").read_text()):
         for target in entry["targets"]:
-            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-                lines += answer.read().decode().splitlines()
+            lines += _asked(target)
     return lines
+
+
+def _asked(target):
+    """As Prometheus, which asks again: an exporter on a busy machine may end a connection."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(ConnectionResetError):
+            return _told(target)
+    return _told(target)
+
+
+def _told(target):
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+        return answer.read().decode().splitlines()
