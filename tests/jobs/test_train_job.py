@@ -96,7 +96,8 @@ class Jobs:
             r"^ray_(smolvla_\w+)\{(.*)\} (\S+)$", "\n".join(exported_lines()), re.MULTILINE
         ):
             tag = dict(re.findall(r'(\w+)="([^"]*)"', tags))
-            self.scraped[name, tag["run"], tag["rank"]].add(float(value))
+            if "run" in tag:  # a server of another test may have exported its own just before
+                self.scraped[name, tag["run"], tag["rank"]].add(float(value))
 
     def wait(self, job, timeout_s=500, meanwhile=lambda: None):
         deadline = time.monotonic() + timeout_s
