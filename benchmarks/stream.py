@@ -2,8 +2,10 @@
 
 python benchmarks/stream.py [--quick] [--source <LeRobot v3.0 dataset with videos>]
 
-Sides take turns, the median of their rounds counts, and nothing else should run: the ratios named *_cpu, of
-CPU seconds of all processes of a side, suffer least when something does. The last line is one JSON object:
+Sides stay alive and take short turns, each after as many rows as it may have had ready: what the machine does
+meanwhile meets them all. The ratio of all rounds together counts; *_quartile_1 and _3 say how far the ratios
+within a round differ. Nothing else should run: the ratios of CPU seconds of all processes of a side suffer
+least when something does. The last line is one JSON object:
 
 The stream decodes in threads of the consumer, as train workers on one machine do by default; *_tasks are of
 the stream whose rows are decoded by tasks of Ray Data, as on a cluster with nodes that do not train.
@@ -29,6 +31,7 @@ plan_reach_s, plan_mb   to reach a far micro-batch of a plan over 10^8 rows in 1
 """
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -42,7 +45,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import cv2
@@ -77,8 +80,20 @@ SIZE, BOX = (480, 640), (512, 512)
 STORE_BYTES = 4 * 10**9
 WARM_ROWS = 1024  # a mixing group; processes start and import meanwhile
 CHUNK = 50
-Loader = Callable[[], Iterator[int]]
-"""Starts a side; each item is the number of rows of a batch."""
+TURN_ROWS = 1024
+STREAM_TURN_ROWS = 2048  # twice what is read at once
+STREAM_AHEAD_ROWS = 2304  # more than lie ready when nobody takes any
+LOADER_AHEAD_ROWS = 384
+
+
+class Side(NamedTuple):
+    start: Callable[[], Iterator[int]]
+    """Each item is the number of rows of a batch."""
+    ahead: int
+    """Rows to be taken before each turn: those that lay ready, and others have filled up meanwhile."""
+    turn: int = TURN_ROWS
+    own_thread: bool = False
+    """It works in the thread that asks, and nowhere else."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -110,7 +125,7 @@ def measure(folder: Path, *, quick: bool, source: str, only: list[str] | None) -
         "shuffle": shuffle_quality,
         "scaling": lambda: scaling(generated(folder), rows=1536 if quick else 8192),
         "shards": lambda: many_shards(folder, shards=10_000),
-        "rates": lambda: rates(generated(folder), rounds=2 if quick else 5, rows=3072 if quick else 8192),
+        "rates": lambda: rates(generated(folder), rounds=5 if quick else 25),
         "video": lambda: video(source, folder, rows=768 if quick else 4096),
         "starvation": lambda: starvation(generated(folder), seconds=30 if quick else 90),
     }
@@ -185,6 +200,7 @@ def stream(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The micro-batches of one worker, without end."""
     start_ray()
+    gc.freeze()  # as train workers do
     dataset = micro_batches(reader, start=start, stop=1_600_000, decoding=decoding)  # 200,000 steps of 64
     deal(dataset, num_workers=1)
     dataset.context.execution_options = execution_options(decoding, num_workers=1)
@@ -245,52 +261,76 @@ def loader_rows(reader: SampleReader) -> Iterator[int]:
             yield len(batch["action"])
 
 
-def rates(path: Path, *, rounds: int, rows: int) -> dict[str, float]:
+def rates(path: Path, *, rounds: int) -> dict[str, float]:
     reader = sample_reader(path)
-    sides: dict[str, Loader] = {
-        "stream": lambda: stream_rows(reader),
-        "tasks": lambda: stream_rows(reader, decoding="tasks"),
-        "bare": lambda: bare_rows(reader),
-        "dataloader": lambda: loader_rows(reader),
+    bare = Side(lambda: bare_rows(reader), ahead=0, own_thread=True)
+    workers_sides = {
+        "stream": Side(lambda: stream_rows(reader), ahead=STREAM_AHEAD_ROWS, turn=STREAM_TURN_ROWS),
+        "bare": bare,
+        "dataloader": Side(lambda: loader_rows(reader), ahead=LOADER_AHEAD_ROWS),
+    }
+    tasks_sides = {
+        "tasks": Side(
+            lambda: stream_rows(reader, decoding="tasks"), ahead=STREAM_AHEAD_ROWS, turn=STREAM_TURN_ROWS
+        ),
+        "bare": bare,
     }
     with StoreWatch() as store:
-        found = compared(sides, rounds=rounds, rows=rows)
+        workers = in_turns(workers_sides, rounds=rounds)
+        tasks = in_turns(tasks_sides, rounds=rounds * 3 // 5)  # not the default, and slower
     ratios = {
-        "per_core_efficiency": median_ratio(found["stream"], found["bare"], "cpu"),
-        "per_core_efficiency_tasks": median_ratio(found["tasks"], found["bare"], "cpu"),
-        "vs_dataloader": median_ratio(found["stream"], found["dataloader"], "wall"),
-        "vs_dataloader_cpu": median_ratio(found["stream"], found["dataloader"], "cpu"),
+        **ratio("per_core_efficiency", workers["stream"], workers["bare"], "cpu"),
+        **ratio("per_core_efficiency_tasks", tasks["tasks"], tasks["bare"], "cpu"),
+        **ratio("vs_dataloader", workers["stream"], workers["dataloader"], "wall"),
+        **ratio("vs_dataloader_cpu", workers["stream"], workers["dataloader"], "cpu"),
     }
-    return ratios | medians(found) | store.found
+    return ratios | medians(tasks) | medians(workers) | store.found
 
 
-def compared(sides: dict[str, Loader], *, rounds: int, rows: int) -> dict[str, list[dict[str, float]]]:
-    """For each side and round its rows a second ("wall") and a CPU second ("cpu"), after the start."""
+def in_turns(sides: dict[str, Side], *, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """For each side and round its rows a second ("wall") and a CPU second ("cpu")."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    running = {name: side.start() for name, side in sides.items()}
+    for name, side in sides.items():
+        skip(running[name], rows=side.ahead)  # processes start and import meanwhile
     for _ in range(rounds):
-        for name, start in sides.items():
-            found[name].append(rate(start(), rows=rows))
-    return found
+        for name, side in sides.items():
+            skip(running[name], rows=side.ahead)
+            found[name].append(pace(running[name], rows=side.turn, own_thread=side.own_thread))
+    return found  # with `running` go the sides' processes and Ray Data executions
+
+
+def skip(batches: Iterator[int], *, rows: int) -> int:
+    """Take at least as many rows; how many it were."""
+    seen = 0
+    while seen < rows:
+        seen += next(batches)
+    return seen
+
+
+def pace(batches: Iterator[int], *, rows: int, own_thread: bool = False) -> dict[str, float]:
+    """Rows a second and a CPU second of all processes, or of this thread alone."""
+    cpu, own, started = cpu_seconds(), time.thread_time(), time.perf_counter()
+    seen = skip(batches, rows=rows)
+    wall = time.perf_counter() - started
+    spent = time.thread_time() - own if own_thread else cpu_since(cpu)
+    return {"wall": seen / wall, "cpu": seen / spent}
 
 
 def rate(batches: Iterator[int], *, rows: int, warm: int = WARM_ROWS) -> dict[str, float]:
-    seen = 0
-    for count in batches:
-        seen += count
-        if seen >= warm:
-            break
-    cpu, started, seen = cpu_seconds(), time.perf_counter(), 0
-    for count in batches:
-        seen += count
-        if seen >= rows:
-            break
-    found = {"wall": seen / (time.perf_counter() - started), "cpu": seen / cpu_since(cpu)}
-    del batches  # ends the side's processes, or its Ray Data execution
-    return found
+    """Of a side that runs alone: it ends with this call if nobody else has it."""
+    skip(batches, rows=warm)
+    return pace(batches, rows=rows)
 
 
-def median_ratio(ours: list[dict[str, float]], theirs: list[dict[str, float]], kind: str) -> float:
-    return statistics.median(one[kind] / other[kind] for one, other in zip(ours, theirs, strict=True))
+def ratio(
+    name: str, ours: list[dict[str, float]], theirs: list[dict[str, float]], kind: str
+) -> dict[str, float]:
+    each = [one[kind] / other[kind] for one, other in zip(ours, theirs, strict=True)]
+    first, _, third = statistics.quantiles(each, n=4, method="inclusive")
+    whole = statistics.harmonic_mean([one[kind] for one in ours])
+    whole /= statistics.harmonic_mean([other[kind] for other in theirs])
+    return {name: whole, f"{name}_quartile_1": first, f"{name}_quartile_3": third}
 
 
 def medians(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
@@ -332,7 +372,7 @@ class StoreWatch:
     def _watch(self) -> None:
         from ray._private.internal_api import memory_summary
 
-        while not self._done.wait(1.0):
+        while not self._done.wait(4.0):  # a look costs all of Ray 10 ms of CPU
             text = memory_summary(stats_only=True)
             if used := re.search(r"Plasma memory usage (\d+) MiB", text):
                 self._peak = max(self._peak, float(used[1]))

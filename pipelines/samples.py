@@ -9,6 +9,8 @@ after fitting.
 import functools
 import math
 import sys
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -32,7 +34,7 @@ from smolvla.features import IMAGE_FEATURES, PADDING_MASK, Normalizer
 Batch = dict[str, NDArray[Any]]
 
 READ_THREADS = 64  # files read at once: object stores take a tenth of a second to answer
-KEPT_BATCHES = 8  # whose memory is used again, of each camera
+KEPT_BATCHES, KEPT_BLOCKS = 8, 4  # whose memory is used again, of each camera
 OPEN_FILES = 64  # Parquet footers a worker process keeps parsed; about 100 kB each
 ROW_IDS = ("micro_batch", "source", "epoch", "episode_index", "frame_index", "bad_cameras")
 STAGE_SECONDS = "stage_seconds"
@@ -205,8 +207,12 @@ class SampleReader:
         small = small.combine_chunks().take(pa.array(starts[unit_of_row] + rows.offset))
         small = small.append_column("source", pa.array(rows.source))
         small = small.append_column("epoch", pa.array(rows.epoch))
-        kind = PackedRows if self.from_features else _Binaries
-        images = {name: kind([table[name] for table in tables]) for name in self.camera_names}
+        images: dict[str, PackedRows | _Binaries] = {}
+        for name in self.camera_names:
+            columns = [table[name] for table in tables]
+            images[name] = (
+                PackedRows(columns) if self.from_features else _Binaries(columns, self._block_memory)
+            )
         first = 0
         for size in sizes:
             taken, piece = slice(first, first + size), small.slice(first, size)
@@ -423,21 +429,16 @@ class SampleReader:
         out[camera] = images.reshape(b, n, height, width, 3) if n > 1 else images
 
     def _image_memory(self, camera: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Of undefined content; that of an earlier batch when nobody holds that any more.
-
-        Memory that is new to a process costs as much as a tenth of what is decoded into it.
-        """
-        kept, size = self._kept_memory.setdefault(camera, []), math.prod(shape)
-        for memory in kept:
-            # Referred to by the list, by this loop and by the question; else by views of it.
-            if memory.size >= size and sys.getrefcount(memory) <= 3:
-                return memory[:size].reshape(shape)
-        kept[:] = [*kept, np.empty(size, dtype=np.uint8)][-KEPT_BATCHES:]
-        return kept[-1].reshape(shape)
+        """Of undefined content."""
+        return self._batch_memory[camera].of(math.prod(shape)).reshape(shape)
 
     @functools.cached_property
-    def _kept_memory(self) -> dict[str, list[NDArray[np.uint8]]]:
-        return {}
+    def _batch_memory(self) -> dict[str, "_KeptMemory"]:
+        return defaultdict(lambda: _KeptMemory(KEPT_BATCHES))
+
+    @functools.cached_property
+    def _block_memory(self) -> "_KeptMemory":
+        return _KeptMemory(KEPT_BLOCKS * len(self.camera_names))
 
     def _augmentation(self, batch: Batch, camera: int) -> Callable[[Any, int], Any] | None:
         """(image, row) -> image; the batch holds whole micro-batches, and a history is treated alike."""
@@ -513,12 +514,45 @@ def decoded_into(place: NDArray[np.uint8], encoded: bytes | None, fit: Fit) -> b
     return True
 
 
-class _Binaries:
-    """Columns of large binaries, or of lists of equally many of them, from which rows are put together."""
+class _KeptMemory:
+    """Memory of earlier arrays, to be used again when nobody holds them any more.
 
-    def __init__(self, columns: Sequence[pa.ChunkedArray]) -> None:
+    Memory that is new to a process costs as much as a tenth of what is decoded into it, and more than what
+    is copied into it.
+
+    Args:
+        most: pieces that are kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: list[NDArray[np.uint8]] = []
+        self._choosing = threading.Lock()
+
+    def of(self, size: int) -> NDArray[np.uint8]:
+        """(size,), of undefined content."""
+        with self._choosing:
+            for memory in self._kept:
+                # Referred to by the list, by this loop and by the question; else by views of it.
+                if memory.size >= size and sys.getrefcount(memory) <= 3:
+                    return memory[:size]
+            memory = np.empty(size, dtype=np.uint8)
+            self._kept = [*self._kept, memory][-self._most :]
+            return memory[:size]
+
+
+class _Binaries:
+    """Columns of large binaries, or of lists of equally many of them, from which rows are put together.
+
+    Args:
+        columns: to choose from.
+        memory: what the chosen rows are copied to.
+    """
+
+    def __init__(self, columns: Sequence[pa.ChunkedArray], memory: _KeptMemory) -> None:
         kind = columns[0].type
         self._n = kind.list_size if pa.types.is_fixed_size_list(kind) else 1
+        self._memory = memory
         arrays = [whole(column) for column in columns]
         flat = [array.flatten() if self._n > 1 else array for array in arrays]
         self._offsets = [
@@ -533,16 +567,19 @@ class _Binaries:
         """Entry row[i] of column number[i] for each i."""
         n, places = self._n, list(zip(number.tolist(), row.tolist(), strict=True))
         bounds = np.empty((len(places), n + 1), dtype=np.int64)
-        pieces = [np.empty(0, np.uint8)]
+        pieces: list[NDArray[np.uint8]] = []
         for i, (a, r) in enumerate(places):
             bounds[i] = self._offsets[a][r * n : (r + 1) * n + 1]
             pieces.append(self._data[a][bounds[i, 0] : bounds[i, -1]])
         ends = np.cumsum(np.diff(bounds, axis=1).reshape(-1), dtype=np.int64)
+        data = self._memory.of(int(ends[-1]) if len(ends) else 0)
+        if pieces:
+            np.concatenate(pieces, out=data)
         valid = None
         if self._real is not None:
             found = [self._real[a][r] for a, r in places]
             valid = pa.array(np.concatenate([np.empty(0, bool), *found])).buffers()[1]
-        buffers = [valid, pa.py_buffer(np.append(np.int64(0), ends)), pa.py_buffer(np.concatenate(pieces))]
+        buffers = [valid, pa.py_buffer(np.append(np.int64(0), ends)), pa.py_buffer(data)]
         entries = pa.Array.from_buffers(pa.large_binary(), len(ends), buffers)
         return pa.FixedSizeListArray.from_arrays(entries, n) if n > 1 else entries
 

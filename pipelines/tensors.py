@@ -16,11 +16,15 @@ import torch
 from ray.data import DataIterator
 from ray.data.collate_fn import NumpyBatchCollateFn
 
-from pipelines.samples import Batch, SampleReader
-from pipelines.stream import all_rows, timed
+from pipelines.samples import STAGE_SECONDS, Batch, SampleReader
+from pipelines.stream import all_rows, stage_seconds
 
 AHEAD_A_THREAD = 2  # micro-batches
 DECODERS_NICER = 5  # than the process
+
+# Blocks lie read-only in the object store, and nothing here writes to them. Once and for all: threads that
+# change the filters around each call would restore each other's.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 class ToTorch(NumpyBatchCollateFn):
@@ -36,10 +40,7 @@ class ToTorch(NumpyBatchCollateFn):
         started = time.perf_counter()
         if "micro_batch" in batch and batch["micro_batch"].ndim == 2:
             batch = {name: values[0] for name, values in batch.items()}  # a block is one row
-        with warnings.catch_warnings():
-            # The blocks lie read-only in the object store, and nothing here writes to them.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+        tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
         # (..., h, w, 3) -> (..., 3, h, w)
         tensors = {name: t.movedim(-1, -3) if t.dim() > 3 else t for name, t in tensors.items()}
         with self._counting:
@@ -149,7 +150,7 @@ class Decoded:
         try:
             for block in self._blocks:
                 rows = all_rows(block)
-                small = self._reader.without_images(rows) if len(rows) else {}
+                small = self._without_images(rows) if len(rows) else {}
                 for first in range(0, len(rows), b):
                     room.acquire()
                     if over.is_set():
@@ -162,11 +163,19 @@ class Decoded:
             failed.set_exception(error)
             ahead.put(failed)
 
-    def _one(self, batch: Batch, rows: pa.Table) -> dict[str, torch.Tensor]:
+    def _without_images(self, rows: pa.Table) -> Batch:
+        started = time.perf_counter()
+        small = self._reader.without_images(rows) | {STAGE_SECONDS: stage_seconds(rows)}
+        small[STAGE_SECONDS][:, 1] = (time.perf_counter() - started) / len(rows)
+        return small
+
+    def _one(self, part: Batch, rows: pa.Table) -> dict[str, torch.Tensor]:
         started = time.perf_counter()
         if not hasattr(self._own, "reader"):
             self._own.reader = replace(self._reader)
-        tensors = self._to_torch(timed(self._own.reader.with_images(batch, rows), rows, since=started))
+        batch = self._own.reader.with_images(part, rows)
+        batch[STAGE_SECONDS][:, 1] += (time.perf_counter() - started) / len(rows)
+        tensors = self._to_torch(batch)
         return {name: t.pin_memory() for name, t in tensors.items()} if self._pin else tensors
 
 
