@@ -2,7 +2,8 @@ r"""Serve a policy to robots until told to stop: HTTP and websocket, several rob
 
     python jobs/serve_policy.py --policy.path /runs/towels/step_000020000
     ray job submit --working-dir . -- python jobs/serve_policy.py --policy.path models:/towels@champion \
-        --use_gpu true --host 0.0.0.0 --token_env SMOLVLA_TOKEN
+        --use_gpu true --host 0.0.0.0 --token_env SMOLVLA_TOKEN \
+        --ssl_certfile /tls/tls.crt --ssl_keyfile /tls/tls.key
 
 docs/serving.md has the protocol; `smolvla.client.RobotClient` speaks it.
 """
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import sys
 import threading
 from dataclasses import dataclass, field, replace
@@ -67,6 +69,11 @@ class ServePolicy:
     """Of the application in Ray Serve."""
     token_env: str = ""
     """NAME of the environment variable that holds the clients' token; empty: they need none."""
+    ssl_certfile: str = ""
+    """PEM file with the server's certificate and its chain, on the machine where Ray's head runs: https://
+    and wss:// are served instead of http:// and ws://."""
+    ssl_keyfile: str = ""
+    """PEM file with the certificate's key, not encrypted."""
     replicas: int = 1
     """Processes with the policy; sessions are kept before them."""
     use_gpu: bool = False
@@ -116,6 +123,7 @@ def prepare(job: ServePolicy) -> Prepared:
         ValueError: names the flag and the value.
     """
     digest = _token_digest(job)
+    _check_certificate(job)
     path = pinned(job.policy.path, job.tracking.uri)
     policy = policies.found(path, ema=job.policy.ema, tracking_uri=job.tracking.uri)
     folder = policy.fetch()()
@@ -138,6 +146,8 @@ def serving_of(job: ServePolicy, digest: bytes | None) -> Serving:
         route=job.route,
         host=job.host,
         port=job.port,
+        ssl_certfile=job.ssl_certfile or None,
+        ssl_keyfile=job.ssl_keyfile or None,
         replicas=job.replicas,
         num_gpus=1 if job.use_gpu else 0,
         cpus=job.cpus_per_replica,
@@ -163,6 +173,27 @@ def _token_digest(job: ServePolicy) -> bytes | None:
             f"token_env {job.token_env}: the variable {found}; a token has {LEAST_TOKEN_CHARS} or more"
         )
     return digest_of(token)
+
+
+def _check_certificate(job: ServePolicy) -> None:
+    """Load it as the server will, which would not say what is wrong with it."""
+    files = {"ssl_certfile": job.ssl_certfile, "ssl_keyfile": job.ssl_keyfile}
+    if not any(files.values()):
+        return
+
+    def password() -> str:
+        raise ValueError(f"ssl_keyfile {job.ssl_keyfile} is encrypted, and nobody is there to be asked")
+
+    for name, path in files.items():
+        if not path:
+            raise ValueError(f"{name} is missing; ssl_certfile and ssl_keyfile go together")
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"{name} {path}: there is no such file, or it may not be read")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files.values(), password)
+    except ssl.SSLError as error:
+        said = (error.reason or str(error)).lower().replace("_", " ")
+        raise ValueError(f"ssl_certfile {job.ssl_certfile}, ssl_keyfile {job.ssl_keyfile}: {said}") from None
 
 
 def pinned(path: str, tracking_uri: str) -> str:

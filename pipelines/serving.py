@@ -11,6 +11,7 @@ import hmac
 import json
 import secrets
 import socket
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -75,6 +76,9 @@ class Serving:
     """Beginning of every address."""
     host: str = "127.0.0.1"
     port: int = 8000
+    ssl_certfile: str | None = None
+    """PEM file of the certificate and its chain, on the head's machine; with it and the key TLS is spoken."""
+    ssl_keyfile: str | None = None
     replicas: int = 1
     num_gpus: float = 0
     """Of a replica."""
@@ -90,7 +94,8 @@ class Serving:
     def url(self) -> str:
         """Where it answers on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        return f"http://{host}:{self.port}{self.route.rstrip('/')}"
+        scheme = "https" if self.ssl_certfile else "http"
+        return f"{scheme}://{host}:{self.port}{self.route.rstrip('/')}"
 
 
 def digest_of(token: str) -> bytes:
@@ -308,7 +313,8 @@ def start(serving: Serving, fetch: Callable[[], Path], signature: Signature) -> 
     """
     if not serve.status().proxies:
         _check_free(serving)
-    http = {"host": serving.host, "port": serving.port}
+    http: dict[str, Any] = {"host": serving.host, "port": serving.port}
+    http |= {"ssl_certfile": serving.ssl_certfile, "ssl_keyfile": serving.ssl_keyfile}
     serve.start(proxy_location="HeadOnly", http_options=http)
     number = secrets.token_hex(8)
     serve.run(
@@ -321,7 +327,7 @@ def start(serving: Serving, fetch: Callable[[], Path], signature: Signature) -> 
         serve.delete(serving.name)
         raise ValueError(
             f"port {serving.port}: the policy does not answer at {serving.url}; Ray Serve runs on this "
-            "cluster at another address, which it keeps until it is shut down"
+            "cluster at another address or with another certificate, which it keeps until it is shut down"
         )
 
 
@@ -375,11 +381,13 @@ def _check_free(serving: Serving) -> None:
 
 def _answers(url: str, number: str) -> bool:
     """Whether this start answers at `url`, within a while."""
+    trusting = ssl.create_default_context()  # the number says who answers; the certificate has another name
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
     deadline = time.monotonic() + ANSWERS_WITHIN_S
     while time.monotonic() < deadline:
         with (
             contextlib.suppress(urllib.error.URLError, OSError, ValueError),
-            urllib.request.urlopen(f"{url}/health", timeout=5) as answer,
+            urllib.request.urlopen(f"{url}/health", timeout=5, context=trusting) as answer,
         ):
             return json.load(answer)["number"] == number
         time.sleep(0.2)

@@ -10,6 +10,7 @@ executed.
 
 import contextlib
 import json
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -34,14 +35,21 @@ class RobotClient:
     """One robot's connection to a served policy. Not to be shared by threads.
 
     Args:
-        url: http://host:port of the server, or https:// of a proxy before it.
+        url: http://host:port of the server, or https:// where it has a certificate or a proxy before it.
         token: what the server was started with.
         timeout_s: for which a request is tried: a connection that broke is made again meanwhile.
         jpeg_quality: 1 to 100 makes JPEGs of images before they are sent (needs Pillow); None sends pixels.
+        ca_file: PEM file with the certificates to trust, where a server signed its own; None: the system's.
     """
 
     def __init__(
-        self, url: str, token: str | None = None, *, timeout_s: float = 10.0, jpeg_quality: int | None = None
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        timeout_s: float = 10.0,
+        jpeg_quality: int | None = None,
+        ca_file: str | None = None,
     ) -> None:
         scheme, _, rest = url.rstrip("/").partition("://")
         if scheme not in ("http", "https") or not rest:
@@ -49,6 +57,7 @@ class RobotClient:
         self._url, self._socket_url = f"{scheme}://{rest}", f"{scheme.replace('http', 'ws')}://{rest}/ws"
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeout_s, self._jpeg_quality = timeout_s, jpeg_quality
+        self._tls = ssl.create_default_context(cafile=ca_file) if scheme == "https" else None
         self._socket: ClientConnection | None = None
         self._connection = contextlib.ExitStack()
         self._session_has_chunk = False
@@ -76,7 +85,7 @@ class RobotClient:
         """
         request = urllib.request.Request(f"{self._url}/metadata", headers=self._headers)
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout_s) as answer:
+            with urllib.request.urlopen(request, timeout=self._timeout_s, context=self._tls) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise _refusal(error.read(), error.code) from None
@@ -117,6 +126,8 @@ class RobotClient:
             try:
                 told = self._exchanged(wanted | self._continuing(executed, guidance), deadline)
                 break
+            except ssl.SSLCertVerificationError as error:  # it will not become another one
+                raise ConnectionError(f"{self._url}: {error.verify_message}") from None
             except (OSError, ConnectionClosed, InvalidHandshake) as error:
                 self.close()
                 if time.monotonic() + RETRY_S > deadline:
@@ -155,6 +166,7 @@ class RobotClient:
             try:
                 connection = connect(
                     self._socket_url,
+                    ssl=self._tls,
                     additional_headers=self._headers,
                     open_timeout=left,
                     close_timeout=1,

@@ -23,6 +23,9 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 # export every second keep half a core busy.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "4000")
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "30000")  # statistics of every process of the node
+# Ray looks for new log files ten times a second, in a folder with a thousand of them in the end.
+os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "1")
+os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "1")
 
 
 def pytest_configure(config):

@@ -41,6 +41,8 @@ BREAKAGES = [  # file, what stands there, what is put in its place, what the che
     ("kuberay/rayjob.yaml", "backoffLimit: 3", "backoffLimit: three", "backoffLimit"),
     ("kuberay/rayjob.yaml", "maxReplicas: 2", "maxReplica: 2", "maxReplica"),
     ("kuberay/rayjob.yaml", "medium: Memory", "medum: Memory", "medum"),
+    ("kuberay/rayjob_serve.yaml", "port: 8000", "port: https", "port"),
+    ("kuberay/rayjob_serve.yaml", "minReplicas: 1", "minReplica: 1", "minReplica"),
 ]
 
 
@@ -79,14 +81,21 @@ def documents(kind):
                     yield document
 
 
-def test_the_command_of_the_rayjob_is_one_that_the_job_accepts():
+def rayjob(script):
+    """The RayJob that runs it, and its flags."""
+    commands = [(job, job["spec"]["entrypoint"].split()) for job in documents("RayJob")]
+    ((job, words),) = [
+        (job, words) for job, words in commands if words[:2] == ["python", f"/app/jobs/{script}"]
+    ]
+    return job, words[2:]
+
+
+def test_the_command_of_the_rayjob_that_trains_is_one_that_the_job_accepts():
     from jobs.command_line import parsed
     from jobs.train_smolvla import TrainJob
 
-    (job,) = documents("RayJob")
-    python, script, *flags = job["spec"]["entrypoint"].split()
-    assert (python, script) == ("python", "/app/jobs/train_smolvla.py")
-    flags = parsed(TrainJob, flags)
+    job, words = rayjob("train_smolvla.py")
+    flags = parsed(TrainJob, words)
     assert flags.run_name, "without a name a retry would be another run"
     assert flags.storage_path.startswith("s3://")
     fewest, most = flags.workers
@@ -95,6 +104,36 @@ def test_the_command_of_the_rayjob_is_one_that_the_job_accepts():
     per_machine = container["resources"]["limits"]["nvidia.com/gpu"]
     assert fewest <= per_machine * gpu["minReplicas"]
     assert most == per_machine * gpu["maxReplicas"]
+
+
+def test_the_rayjob_that_serves_has_the_token_the_certificate_and_the_gpus_that_its_command_asks_for():
+    from jobs.command_line import parsed
+    from jobs.serve_policy import ServePolicy
+    from pipelines.serving import GATEWAY_CPUS
+
+    job, words = rayjob("serve_policy.py")
+    flags, cluster = parsed(ServePolicy, words), job["spec"]["rayClusterSpec"]
+    template = cluster["headGroupSpec"]["template"]
+    (head,) = template["spec"]["containers"]
+    assert flags.token_env in {variable["name"] for variable in head["env"]}
+    mounted = {
+        mount["mountPath"]: volume.get("secret", {}).get("secretName")
+        for mount in head["volumeMounts"]
+        for volume in template["spec"]["volumes"]
+        if volume["name"] == mount["name"]
+    }
+    for file, name in ((flags.ssl_certfile, "tls.crt"), (flags.ssl_keyfile, "tls.key")):
+        folder, _, found = file.rpartition("/")
+        assert (mounted[folder], found) == ("policy-tls", name)  # as `kubectl create secret tls` names them
+    (service,) = (entry for entry in documents("Service") if entry["metadata"]["name"] == "policy")
+    assert template["metadata"]["labels"].items() >= service["spec"]["selector"].items()
+    assert [port["port"] for port in service["spec"]["ports"]] == [flags.port]
+    assert flags.port in {port["containerPort"] for port in head["ports"]}
+    (gpu,) = cluster["workerGroupSpecs"]
+    limits = gpu["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert flags.replicas <= limits["nvidia.com/gpu"] * gpu["minReplicas"]
+    cpus = flags.replicas * flags.cpus_per_replica + GATEWAY_CPUS
+    assert cpus <= int(limits["cpu"]) * gpu["minReplicas"]
 
 
 def pods():
@@ -111,7 +150,7 @@ def pods():
 
 def test_no_pod_may_become_root_or_write_outside_its_volumes():
     found = list(pods())
-    assert len(found) == 8
+    assert len(found) == 10
     for pod in found:
         assert pod["securityContext"]["runAsNonRoot"] is True
         for container in pod["containers"]:
@@ -136,9 +175,10 @@ def test_readme_says_how_to_make_every_secret_that_a_pod_reads():
     readme = (checks.ROOT / "infra/README.md").read_text().replace("\\\n", " ")
     made = {
         name: set(re.findall(r"--from-literal=([\w-]+)=", rest))
-        for name, rest in re.findall(r"create secret generic (\S+)(.*)", readme)
+        for name, rest in re.findall(r"create secret (?:generic|tls) (\S+)(.*)", readme)
     }
-    used = {}
+    volumes = [volume for pod in pods() for volume in pod["volumes"] if "secret" in volume]
+    used = {volume["secret"]["secretName"]: set() for volume in volumes}
     for container in (container for pod in pods() for container in pod["containers"]):
         for source in container.get("envFrom", []):
             if "secretRef" in source:

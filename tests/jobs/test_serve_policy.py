@@ -1,12 +1,15 @@
 """The job that serves a policy, as a user starts it, and robots that ask it: over HTTP and websocket."""
 
 import base64
+import datetime
 import io
+import ipaddress
 import json
 import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -19,6 +22,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from exporters import exported_lines
 from PIL import Image
 from websockets.sync.client import connect
@@ -50,13 +56,15 @@ READY_WITHIN_S = 120
 class Served:
     """The job, and the policy itself to compare with."""
 
-    def __init__(self, process, url, log, folder):
+    def __init__(self, process, url, log, folder, certificate):
         self.process, self.url, self.log = process, url, log
+        self.ca_file = certificate / "tls.crt"
+        self.tls = ssl.create_default_context(cafile=self.ca_file)
         self.policy = SmolVLAPolicy.from_pretrained(folder).eval()
         self.session_used = 0.0
 
     def robot(self, **settings):
-        return RobotClient(self.url, TOKEN, timeout_s=60, **settings)
+        return RobotClient(self.url, TOKEN, timeout_s=60, ca_file=self.ca_file, **settings)
 
     def expected(self, observed, seed, **guidance):
         """(actions, the same normalised) (H, A) of the policy without a server."""
@@ -103,12 +111,38 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(services, folder, tmp_path_factory):
+def certificate(tmp_path_factory):
+    """A folder with tls.crt, for 127.0.0.1 and signed by itself, tls.key, encrypted.key and other.key."""
+    place, password = tmp_path_factory.mktemp("tls"), serialization.BestAvailableEncryption(b"secret")
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a machine of the tests")])
+    addresses = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(addresses, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    (place / "tls.crt").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    for file, private, encryption in (
+        ("tls.key", key, serialization.NoEncryption()),
+        ("encrypted.key", key, password),
+        ("other.key", ec.generate_private_key(ec.SECP256R1()), serialization.NoEncryption()),
+    ):
+        pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        (place / file).write_bytes(private.private_bytes(pem, form, encryption))
+    return place
+
+
+@pytest.fixture(scope="module")
+def served(services, folder, certificate, tmp_path_factory):
     port, log = free_port(), tmp_path_factory.mktemp("serving") / "log.txt"
     flags = ["--policy.path", str(folder), "--port", str(port), "--token_env", TOKEN_ENV]
     flags += ["--max_batch", str(CLIENTS), "--batch_wait_ms", "50", "--max_sessions", str(SESSIONS)]
     flags += ["--session_idle_s", str(IDLE_S), "--max_request_mb", str(REQUEST_MB)]
     flags += ["--max_image_pixels", str(PIXELS), "--route", "/toy"]
+    flags += ["--ssl_certfile", str(certificate / "tls.crt"), "--ssl_keyfile", str(certificate / "tls.key")]
     environment = os.environ | {
         "RAY_ADDRESS": services["ray"]["address"],
         "PYTHONPATH": str(ROOT),
@@ -123,7 +157,7 @@ def served(services, folder, tmp_path_factory):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        found = Served(process, f"http://127.0.0.1:{port}/toy", log, folder)
+        found = Served(process, f"https://127.0.0.1:{port}/toy", log, folder, certificate)
         message = {"observation": observation(0), "session": "soon forgotten"}
         assert posted(found, message)[0] == 200
         found.session_used = time.monotonic()
@@ -140,7 +174,7 @@ def posted(served, message, *, kind=MSGPACK, body=None, token: str | None = TOKE
     headers = {"Content-Type": content_type or kind} | ({"Authorization": f"Bearer {token}"} if token else {})
     request = urllib.request.Request(f"{served.url}/act", data=body, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=60, context=served.tls) as answer:
             return answer.status, decoded(answer.read(), kind)
     except urllib.error.HTTPError as error:
         return error.code, decoded(error.read(), error.headers["Content-Type"])
@@ -186,7 +220,8 @@ def test_the_websocket_answers_in_the_form_that_it_was_asked_in(served):
     observed = observation(3)
     expected, _ = served.expected(observed, 6)
     url = served.url.replace("http", "ws") + "/ws"
-    with connect(url, additional_headers={"Authorization": f"Bearer {TOKEN}"}) as connection:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with connect(url, ssl=served.tls, additional_headers=headers) as connection:
         for kind in (MSGPACK, JSON):
             body = encoded({"observation": observed, "seed": 6}, kind)
             connection.send(body if kind == MSGPACK else body.decode())
@@ -367,7 +402,11 @@ def test_a_body_above_the_limit_is_refused_with_and_without_a_length(served):
     status, told = posted(served, None, body=bytes(300_000))
     assert status == 413
     assert "at most 209715" in told["error"]
-    with socket.create_connection(("127.0.0.1", int(served.url.split(":")[2].split("/")[0])), 30) as raw:
+    address = ("127.0.0.1", int(served.url.split(":")[2].split("/")[0]))
+    with (
+        socket.create_connection(address, 30) as plain,
+        served.tls.wrap_socket(plain, server_hostname=address[0]) as raw,
+    ):
         head = f"POST /toy/act HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
         raw.sendall(f"{head}Content-Type: {MSGPACK}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
         for _ in range(4):
@@ -384,14 +423,24 @@ def test_a_body_above_the_limit_is_refused_with_and_without_a_length(served):
 def test_without_the_token_nobody_is_answered(served):
     for token in (None, "another token, also long"):
         assert posted(served, {"observation": observation(0)}, token=token)[0] == 401
-        with RobotClient(served.url, token) as robot:
+        with RobotClient(served.url, token, ca_file=served.ca_file) as robot:
             for ask in (robot.metadata, lambda robot=robot: robot.act(observation(0))):
                 with pytest.raises(RefusedError, match="a valid token is needed") as refused:
                     ask()
                 assert refused.value.status == 401
-    with urllib.request.urlopen(f"{served.url}/health", timeout=30) as answer:
+    with urllib.request.urlopen(f"{served.url}/health", timeout=30, context=served.tls) as answer:
         assert json.load(answer)["ready"] is True
     assert TOKEN not in served.log.read_text()
+
+
+def test_a_certificate_that_the_system_does_not_know_is_trusted_only_if_it_was_named(served):
+    with RobotClient(served.url, TOKEN) as robot:
+        for ask in (robot.metadata, lambda: robot.act(observation(0))):
+            with pytest.raises(ConnectionError, match="self-signed certificate"):
+                ask()
+    plain = served.url.replace("https", "http")
+    with pytest.raises(ConnectionError), RobotClient(plain, TOKEN, timeout_s=0.5) as robot:
+        robot.act(observation(0))
 
 
 def test_more_robots_than_sessions_are_turned_away(served):
@@ -467,6 +516,26 @@ def test_wrong_flags_are_refused_before_anything_starts(flags, message, folder, 
     assert len(told.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("cert", "key", "message"),
+    [
+        ("tls.crt", None, "ssl_keyfile is missing"),
+        (None, "tls.key", "ssl_certfile is missing"),
+        ("none.crt", "tls.key", r"ssl_certfile /.*/none.crt: there is no such file"),
+        ("tls.key", "tls.key", r"ssl_certfile /.*/tls.key, ssl_keyfile /.*/tls.key: "),
+        ("tls.crt", "other.key", r"ssl_keyfile /.*/other.key: key values mismatch"),
+        ("tls.crt", "encrypted.key", r"ssl_keyfile /.*/encrypted.key is encrypted"),
+    ],
+)
+def test_a_certificate_that_cannot_be_used_is_refused_by_its_file(cert, key, message, certificate, folder):
+    cert_file, key_file = (str(certificate / file) if file else "" for file in (cert, key))
+    job = ServePolicy(
+        policy=serve_policy.ServedOptions(path=str(folder)), ssl_certfile=cert_file, ssl_keyfile=key_file
+    )
+    with pytest.raises(ValueError, match=message):
+        serve_policy.prepare(job)
+
+
 def test_an_alias_is_served_as_the_version_that_it_has_now(services):
     uri, name = services["mlflow"]["url"], "served toy"
     client = client_of(uri)
@@ -515,5 +584,5 @@ def test_a_notice_to_end_ends_it_and_frees_the_address(served):
     served.process.send_signal(signal.SIGTERM)
     assert served.process.wait(60) == 0
     assert "is no longer served" in served.log.read_text()
-    with pytest.raises(ConnectionError), RobotClient(served.url, TOKEN, timeout_s=0.5) as robot:
+    with pytest.raises(ConnectionError), served.robot() as robot:
         robot.metadata()
