@@ -126,7 +126,7 @@ def train_worker(run: Run) -> None:
         return  # the workers died after the last checkpoint and before they could say so
     engine, at = _restored(run, feed.samples_seen, device)
     watch = Watch(run.board, rank=rank, timeout_s=run.collective_timeout_s)
-    gc.freeze()  # what is there now stays: half a million objects that no collection needs to look at again
+    gc.freeze()  # what is there now stays, and no collection needs to look at it again
     try:
         with watch.naming_the_missing():
             _train(run, engine, feed, at, watch)

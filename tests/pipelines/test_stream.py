@@ -216,6 +216,20 @@ def test_images_are_decoded_into_memory_that_nobody_holds_any_more(reader):
     assert reader.decoded(tables[2])[camera].__array_interface__["data"][0] == place
 
 
+def test_rows_are_put_together_in_memory_that_nobody_holds_any_more(reader):
+    apart = [table.to_pylist() for group in range(3) for table in replace(reader).encoded(group)]
+    theirs, column = replace(reader), reader.camera_names[0]
+    held = [table for group in range(3) for table in theirs.encoded(group)]
+    assert [table.to_pylist() for table in held] == apart  # each kept its bytes while others were read
+    addresses = [table[column].chunk(0).buffers()[2].address for table in held]
+    del held
+    again = [
+        table[column].chunk(0).buffers()[2].address for group in range(3) for table in theirs.encoded(group)
+    ]
+    assert set(again) & set(addresses)
+    assert len(set(again)) <= 4 * len(reader.camera_names)
+
+
 def test_a_process_that_decodes_waits_for_no_import_of_torch_and_transformers():
     """Ray starts many of them, and each would hold 280 MB of its own."""
     script = "import sys, pipelines.stream; print(*{'torch', 'transformers'} & {*sys.modules})"
