@@ -190,7 +190,7 @@ def _check_certificate(job: ServePolicy) -> None:
         if not os.access(path, os.R_OK):
             raise ValueError(f"{name} {path}: there is no such file, or it may not be read")
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files.values(), password)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(job.ssl_certfile, job.ssl_keyfile, password)
     except ssl.SSLError as error:
         said = (error.reason or str(error)).lower().replace("_", " ")
         raise ValueError(f"ssl_certfile {job.ssl_certfile}, ssl_keyfile {job.ssl_keyfile}: {said}") from None
