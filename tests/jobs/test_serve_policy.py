@@ -584,5 +584,6 @@ def test_a_notice_to_end_ends_it_and_frees_the_address(served):
     served.process.send_signal(signal.SIGTERM)
     assert served.process.wait(60) == 0
     assert "is no longer served" in served.log.read_text()
-    with pytest.raises(ConnectionError), served.robot() as robot:
+    gone = RobotClient(served.url, TOKEN, timeout_s=0.5, ca_file=served.ca_file)
+    with pytest.raises(ConnectionError), gone as robot:
         robot.metadata()
