@@ -39,7 +39,10 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    shutil.rmtree(os.environ["SMOLVLA_STATE"], ignore_errors=True)
+    from infra.local.services import RAY_FILES, STATE
+
+    shutil.rmtree(RAY_FILES, ignore_errors=True)
+    shutil.rmtree(STATE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -176,6 +176,9 @@ def _start_ray() -> dict[str, Any]:
     environment = _client_environment() | {
         "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a stopped job ends its MLflow run; 3 s can be too short
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        # Fixed else: of two clusters, Prometheus would be sent to the first one's exporters twice.
+        "AUTOSCALER_METRIC_PORT": str(_free_port(44217)),
+        "DASHBOARD_METRIC_PORT": str(_free_port(44227)),
     }
     return _started("ray", command, environment, url=f"http://127.0.0.1:{dashboard}")
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "infra/local/services.py"
 
 
-def record():
-    return json.loads((Path(os.environ["SMOLVLA_STATE"]) / "services.json").read_text())
+def record(state=None):
+    return json.loads((Path(state or os.environ["SMOLVLA_STATE"]) / "services.json").read_text())
 
 
 def test_starting_twice_keeps_what_runs(services):
@@ -45,26 +47,60 @@ def test_dashboard_and_tracking_server_listen_on_loopback_only(services):
     assert {ip for ip, _ in ours} <= {"127.0.0.1", "::1"}
 
 
-def test_a_service_that_dies_while_it_starts_is_started_once_more(tmp_path):
-    """On a very busy machine Ray ends itself while it starts."""
-    environment = os.environ | {"SMOLVLA_STATE": str(tmp_path)}
-    environment["RAY_AUTH_TOKEN_PATH"] = str(tmp_path / "ray_token")
+@pytest.fixture(scope="module")
+def others(services, tmp_path_factory):
+    """Other services of the same user beside the session's, whose Ray was killed while it started: on a very
+    busy machine Ray ends itself. Their folder, what `up` said, the process that was killed."""
+    folder = tmp_path_factory.mktemp("others")
+    environment = os.environ | {
+        "SMOLVLA_STATE": str(folder),
+        "RAY_AUTH_TOKEN_PATH": str(folder / "ray_token"),
+    }
     command = [sys.executable, SCRIPT]
     up = subprocess.Popen([*command, "up"], env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        while not (tmp_path / "services.json").exists():
+        while not (folder / "services.json").exists():
             assert up.poll() is None
             time.sleep(0.05)
-        first = json.loads((tmp_path / "services.json").read_text())["ray"]["pid"]
-        psutil.Process(first).kill()
+        killed = record(folder)["ray"]["pid"]
+        psutil.Process(killed).kill()
         said, _ = up.communicate(timeout=400)
         assert up.returncode == 0, said
-        assert f"ray ended while it started, see {tmp_path / 'ray'}.log; trying once more" in said
-        second = json.loads((tmp_path / "services.json").read_text())["ray"]
-        assert second["pid"] != first
-        assert psutil.pid_exists(second["pid"])
+        yield SimpleNamespace(folder=folder, said=said, killed=killed)
+        ray_files = ray_folder(record(folder)["ray"])
     finally:
         subprocess.run([*command, "down"], env=environment, check=True, timeout=120)
+    shutil.rmtree(ray_files)
+
+
+def test_a_service_that_dies_while_it_starts_is_started_once_more(others):
+    assert f"ray ended while it started, see {others.folder / 'ray'}.log; trying once more" in others.said
+    second = record(others.folder)["ray"]
+    assert second["pid"] != others.killed
+    assert psutil.pid_exists(second["pid"])
+
+
+def test_prometheus_is_sent_to_each_clusters_own_exporters(services, others):
+    ours, theirs = (targets(ray) for ray in (services["ray"], record(others.folder)["ray"]))
+    assert not ours & theirs
+
+
+def targets(ray):
+    """Once the node, its autoscaler and its dashboard are there."""
+    file = ray_folder(ray) / "prom_metrics_service_discovery.json"
+    deadline = time.monotonic() + 60
+    while True:
+        found = json.loads(file.read_text()) if file.exists() else []
+        addresses = {target for entry in found for target in entry["targets"]}
+        if len(addresses) == 3:
+            return addresses
+        assert time.monotonic() < deadline, addresses
+        time.sleep(0.2)
+
+
+def ray_folder(ray):
+    command = psutil.Process(ray["pid"]).cmdline()
+    return Path(command[command.index("--temp-dir") + 1])
 
 
 def test_stopping_ends_only_the_processes_that_were_started(tmp_path):
