@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
-import ray
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.exceptions import MlflowException
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.machines import Machines
 from jobs.pictures import Pictures
-from jobs.points import Point, RunWriter
-from jobs.tracking import CLIENT_ENVIRONMENT, TrackedRun
+from jobs.shipper import Point
+from jobs.tracking import TrackedRun
 from pipelines.dataset import filesystem_of
 from pipelines.files import parted
 from pipelines.metrics import SPOOL as SPOOL_LENGTH
@@ -97,8 +95,8 @@ class Spool:
         partial.replace(self._offset_path)
 
 
-class Shipper:
-    """The actor that holds the spool: takes points at once, delivers them when the server can be reached.
+class Delivery:
+    """Holds the spool: takes points at once, delivers them when the server can be reached.
 
     Args:
         run: whose points they are.
@@ -253,13 +251,3 @@ def _points(record: Mapping[str, Any]) -> Iterator[Metric]:
 def last_step(run: TrackedRun) -> int:
     """The last step of which the server has a point; every point has a learning rate."""
     return max((point.step for point in run.client.get_metric_history(run.run_id, "train/lr")), default=0)
-
-
-def run_writer(run: TrackedRun, storage: RunStorage) -> RunWriter:
-    """Start the actor that ships a run's points, on this process's node, where its spool is."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Shipper).options(
-        num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": CLIENT_ENVIRONMENT}
-    )
-    began_ms = run.client.get_run(run.run_id).info.start_time
-    return RunWriter(actor.remote(run, storage, began_ms))

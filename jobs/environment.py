@@ -20,6 +20,13 @@ COMMIT, CHANGES = "SMOLVLA_GIT_COMMIT", "SMOLVLA_GIT_CHANGES"
 MOST_BYTES = 60_000  # of changes, compressed, as text: the kernel takes no variable above 128 kB
 EXCLUDES = (".git", ".venv", ".local", "tests", "docs")
 """Of the tree, what no job needs."""
+MLFLOW_CLIENT = {
+    # Our own loop retries; MLflow's default is 7 retries with backoff, which blocks for four minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1",  # its link lands in the GenAI view
+}
+"""Variables of whoever talks to MLflow."""
 
 
 def git_commit() -> str | None:

@@ -7,20 +7,24 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.train import Checkpoint, UserCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.environment import MLFLOW_CLIENT
+from jobs.shipper import Point, Shipper
 from pipelines.predictions import Predictions
 from pipelines.run_storage import RunStorage
+
+if TYPE_CHECKING:
+    from jobs.tracking import TrackedRun
 
 MEASURED = {"train/loss": "checkpoint/train_loss", "val/loss": "checkpoint/val_loss"}
 """Of what is reported with a checkpoint, the metrics of its model. MLflow shows them at the run too, so they
 must not have the names of its curves."""
 SEND_EVERY_S = 0.2
-Point = tuple[int, dict[str, float], int]
-"""Step, values, time in ms."""
 
 
 class RunWriter:
@@ -31,7 +35,7 @@ class RunWriter:
     that will be computed again, because `flush` comes before a checkpoint counts.
 
     Args:
-        actor: handle of a `jobs.delivery.Shipper`; Ray's types lose its methods.
+        actor: handle of a `jobs.shipper.Shipper`; Ray's types lose its methods.
     """
 
     def __init__(self, actor: Any) -> None:
@@ -85,6 +89,16 @@ class RunWriter:
     def close(self, timeout_s: float) -> int:
         """Deliver the rest; returns how many records are still only in the spool."""
         return int(ray.get(self.actor.close.remote(timeout_s)))
+
+
+def run_writer(run: "TrackedRun", storage: RunStorage) -> RunWriter:
+    """Start the actor that ships a run's points, on this process's node, where its spool is."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Shipper).options(
+        num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": MLFLOW_CLIENT}
+    )
+    began_ms = run.client.get_run(run.run_id).info.start_time
+    return RunWriter(actor.remote(run, storage, began_ms))
 
 
 class CheckpointsInMlflow(UserCallback):

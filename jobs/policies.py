@@ -14,7 +14,7 @@ from pipelines.dataset import filesystem_of
 from pipelines.files import exists, joined, parted, read_json
 from pipelines.run_storage import STEPS, RunStorage
 from smolvla.configuration import SmolVLAConfig
-from smolvla.modeling import EMPTY_CAMERA
+from smolvla.features import EMPTY_CAMERA
 
 REGISTERED = "models:/"
 RECORD = "run.json"

@@ -19,16 +19,9 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 
-from jobs.environment import git_commit
+from jobs.environment import MLFLOW_CLIENT, git_commit
 from pipelines.dataset import EpisodeDataset
 from pipelines.files import parted
-
-CLIENT_ENVIRONMENT = {
-    # Our own loop retries; MLflow's default is 7 retries with backoff, which blocks for four minutes.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1",  # its link lands in the GenAI view
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +67,7 @@ def check_reachable(uri: str, *, given_by: str = "tracking.uri") -> None:
 
 def client_of(uri: str) -> MlflowClient:
     """A client that gives up soon."""
-    os.environ.update(CLIENT_ENVIRONMENT)
+    os.environ.update(MLFLOW_CLIENT)
     return MlflowClient(uri)
 
 

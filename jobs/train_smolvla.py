@@ -33,13 +33,13 @@ from jobs import (
     tracking,
     training_data,
 )
-from jobs.delivery import SPOOL, run_writer
+from jobs.delivery import SPOOL
 from jobs.ending import truthful_end
 from jobs.evaluated_beside import EvalOptions
 from jobs.evaluations import Evaluations
 from jobs.held_out import ValidationOptions
 from jobs.image_features import ImageFeatures
-from jobs.points import CheckpointsInMlflow, RunWriter
+from jobs.points import CheckpointsInMlflow, RunWriter, run_writer
 from jobs.review import Review
 from jobs.tracking import TrackingOptions
 from jobs.training_data import DatasetOptions, TrainingData, readable, readable_vlm

@@ -22,6 +22,7 @@ ACTION = "action"
 CAMERA_PREFIX = (
     "observation.image"  # `observation.images.<camera>`; older checkpoints say `observation.image2`
 )
+EMPTY_CAMERA = "observation.images.empty_camera_{}"
 FEATURE_TYPES = ("VISUAL", "STATE", "ACTION", "ENV", "LANGUAGE", "REWARD")
 NORMALIZATION_MODES = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")
 PADDING_MASK = "{}_padding_mask"

@@ -30,7 +30,7 @@ from .data_utils import (
     sample_time,
     sinusoidal_time,
 )
-from .features import ACTION, IMAGE_FEATURES, STATE
+from .features import ACTION, EMPTY_CAMERA, IMAGE_FEATURES, STATE
 from .image_features import FROZEN, frozen_tensors, unpacked
 from .lora import LoRA, merged
 from .normalization import has_statistics, without_buffers
@@ -42,7 +42,6 @@ from .tensor_files import write_tensors
 Memory: TypeAlias = tuple[AttentionTables, list[KeysValues | None]]
 """An observation as the suffix sees it: tables, and the keys and values of every joint layer."""
 
-EMPTY_CAMERA = "observation.images.empty_camera_{}"
 VLM_FOLDER = "vlm"
 VLM_FILE_KINDS = (".json", ".txt", ".jinja", ".model")
 
