@@ -35,7 +35,8 @@ sys.path.insert(0, str(ROOT))
 
 from published_policy import build_columns, build_policy  # noqa: E402
 
-from pipelines.engine import Engine, Parallel, TrainConfig  # noqa: E402
+from pipelines.engine import Engine  # noqa: E402
+from pipelines.train_config import Parallel, TrainConfig  # noqa: E402
 from smolvla import SmolVLAPolicy  # noqa: E402
 from smolvla.processing import TOKENS  # noqa: E402
 

@@ -52,13 +52,13 @@ from jobs.training_data import DatasetOptions  # noqa: E402
 from pipelines import caching, training  # noqa: E402
 from pipelines.caching import Tower  # noqa: E402
 from pipelines.dataset import file_digests  # noqa: E402
-from pipelines.engine import TrainConfig  # noqa: E402
 from pipelines.features import seal  # noqa: E402
 from pipelines.images import encoded_image  # noqa: E402
 from pipelines.run import Run, trained_datasets  # noqa: E402
 from pipelines.run_storage import RunStorage  # noqa: E402
 from pipelines.samples import SampleReader, StreamConfig  # noqa: E402
 from pipelines.tower import StreamedTower  # noqa: E402
+from pipelines.train_config import TrainConfig  # noqa: E402
 from smolvla import SmolVLAConfig, SmolVLAPolicy  # noqa: E402
 from smolvla.features import FeatureDtype  # noqa: E402
 from smolvla.image_features import packed  # noqa: E402

@@ -25,11 +25,10 @@ from jobs.evaluated_beside import EvalOptions
 from jobs.evaluation_process import EvaluationProcess
 from jobs.tracking import TrackedRun, TrackingOptions
 from pipelines.board import Beat
-from pipelines.checkpoint import PRETRAINED
 from pipelines.holding import EVALUATING, held, hold, release
 from pipelines.manifest import MANIFEST
 from pipelines.progress import folder_name
-from pipelines.run_storage import STEPS, DamagedError, RunStorage
+from pipelines.run_storage import PRETRAINED, STEPS, DamagedError, RunStorage
 
 RECORDS = "evaluations.jsonl"
 FLAGS = "evaluations"  # folder of the evaluations' flags and logs, on the driver's node

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.checkpoint import PRETRAINED
 from pipelines.dataset import filesystem_of
 from pipelines.files import exists, joined, parted, read_json
-from pipelines.run_storage import STEPS, RunStorage
+from pipelines.run_storage import PRETRAINED, STEPS, RunStorage
 from smolvla.configuration import SmolVLAConfig
 from smolvla.features import EMPTY_CAMERA
 

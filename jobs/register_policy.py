@@ -33,9 +33,9 @@ from jobs.environment import ROOT
 from jobs.policies import verified
 from jobs.served_policy import ANSWER, ARTIFACT, TASK
 from jobs.tracking import TrackingOptions
-from pipelines.checkpoint import PRETRAINED
 from pipelines.files import joined, parted
 from pipelines.progress import folder_name
+from pipelines.run_storage import PRETRAINED
 from smolvla import SmolVLAPolicy
 from smolvla.features import STATE
 

@@ -21,10 +21,10 @@ from PIL import Image
 from jobs import environment, inspect_dataset
 from jobs.tracking import TrackedRun
 from pipelines import drawing
-from pipelines.engine import TrainConfig
 from pipelines.inspection import VECTORS, dimension_names, episode_columns, inspect, spread
 from pipelines.progress import folder_name
 from pipelines.samples import SampleReader, Source
+from pipelines.train_config import TrainConfig
 
 HISTOGRAM_EPISODES = 32
 """Read for the histograms, spread over the dataset."""

@@ -46,7 +46,6 @@ from jobs.training_data import DatasetOptions, TrainingData, readable, readable_
 from pipelines import training
 from pipelines.augmentation import AugmentationConfig
 from pipelines.board import start_board
-from pipelines.engine import Parallel, TrainConfig
 from pipelines.files import joined
 from pipelines.manifest import MANIFEST
 from pipelines.output import exclusive
@@ -56,6 +55,7 @@ from pipelines.run import Run, trained_datasets
 from pipelines.run_storage import START, RunStorage
 from pipelines.samples import SampleReader, StreamConfig
 from pipelines.tower import StreamedTower
+from pipelines.train_config import Parallel, TrainConfig
 from pipelines.training import Cluster
 from pipelines.validation import HeldOut
 from smolvla.configuration import SmolVLAConfig

@@ -31,13 +31,12 @@ from torch.optim import AdamW
 from pipelines.averaging import WeightAverage
 from pipelines.manifest import Entries, write_manifest
 from pipelines.progress import TRAINING, Progress, folder_name, progress
-from pipelines.run_storage import RunStorage
+from pipelines.run_storage import ADAPTER, PRETRAINED, RunStorage
 from smolvla.lora import save_adapter
 
 if TYPE_CHECKING:
     from smolvla.modeling import SmolVLAPolicy
 
-PRETRAINED, ADAPTER = "pretrained_model", "adapter"  # of averaged weights with _ema behind
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside the step count
 
 

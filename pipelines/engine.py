@@ -15,7 +15,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,9 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.averaging import WeightAverage, local
 from pipelines.plan import ADAPTERS, generator_seed, noise_seed
+from pipelines.train_config import TrainConfig
 from smolvla.data_utils import sample_noise, sample_time
 from smolvla.features import ACTION
-from smolvla.lora import LoRA, add_adapters
+from smolvla.lora import add_adapters
 from smolvla.optimization import adamw, clip_gradients, lr_factor
 
 if TYPE_CHECKING:
@@ -38,56 +39,10 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-Parallel = Literal["ddp", "fsdp", "hsdp"]
 Draw = Callable[[int, tuple[int, ...]], tuple[Tensor, Tensor]]
 KEPT_WORDS_BYTES = 64_000_000
 """Most that the embeddings of a run's words may take of each worker's memory: 16,000 words of the published
 width, a third of its whole vocabulary."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What a training run computes; together with the data, the policy and the seed it fixes every number."""
-
-    steps: int
-    """Optimiser steps."""
-    batch_size: int
-    """Samples a step, over all workers."""
-    micro_batch: int
-    seed: int
-    decay_steps: int | None
-    """Steps of the cosine decay; None: those of the run. The other presets are in the policy's config."""
-    precision: Literal["float32", "bfloat16"]
-    """Of the computation; master weights are always float32."""
-    log_every: int
-    """Steps between two points of a curve; a point is the mean over them."""
-    checkpoint_every: int
-    """Steps."""
-    record_rows: bool
-    """Whether every worker writes the ids of the rows it trained on to <run>/rows/."""
-    repeated_noise: int = 1
-    """Draws of noise and time for each sample; they share the computation of its observation."""
-    compile: bool = False
-    """Whether the layers are compiled, which changes no number beyond rounding."""
-    parallel: Parallel = "ddp"
-    """Every worker holds the policy (ddp), a share of it (fsdp), or a share within its group (hsdp)."""
-    shard_workers: int = 1
-    """Workers of an hsdp group: those that share one copy."""
-    activation_checkpointing: bool = False
-    """Whether activations of the joint layers are computed again in the backward pass instead of kept."""
-    grad_norm_limit: float = 1e4
-    """A step with a larger gradient norm, or one that is not finite, is skipped."""
-    max_skipped_in_a_row: int = 10
-    """Skipped steps after which the run fails."""
-    ema_decay: float | None = None
-    """Of an average of the weights, which is saved and validated beside them; None: none is kept."""
-    lora: LoRA | None = None
-    """Adapters that train instead of the weights."""
-
-    @property
-    def micro_batches(self) -> int:
-        """Of a step, over all workers."""
-        return self.batch_size // self.micro_batch
 
 
 @dataclass(frozen=True)

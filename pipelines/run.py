@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.engine import TrainConfig
 from pipelines.predictions import Predictions
 from pipelines.retention import Retention
 from pipelines.run_storage import RunStorage
 from pipelines.samples import SampleReader
 from pipelines.tower import StreamedTower
+from pipelines.train_config import TrainConfig
 from pipelines.validation import HeldOut
 
 

@@ -22,6 +22,7 @@ from pipelines.manifest import MANIFEST, Entries
 
 START = "start"  # the policy before the first step, with the statistics that are exported with it
 STEPS = "step_"
+PRETRAINED, ADAPTER = "pretrained_model", "adapter"  # of a checkpoint; of averaged weights with _ema behind
 CHUNK_BYTES = 64 * 2**20
 LOG = logging.getLogger(__name__)
 

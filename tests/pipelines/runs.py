@@ -13,11 +13,12 @@ import torch.distributed as dist
 from toys import FileWriter
 
 from pipelines.dataset import open_dataset
-from pipelines.engine import Engine, TrainConfig
+from pipelines.engine import Engine
 from pipelines.retention import Retention
 from pipelines.run import Run, trained_datasets
 from pipelines.samples import ROW_IDS, SampleReader, Source, StreamConfig
 from pipelines.tensors import ToTorch
+from pipelines.train_config import TrainConfig
 from pipelines.training import Cluster
 from smolvla.configuration import SmolVLAConfig
 from smolvla.data_utils import tokenize_tasks

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from pipelines import checkpoint
 from pipelines.progress import Progress, progress
-from pipelines.run_storage import RunStorage
+from pipelines.run_storage import PRETRAINED, RunStorage
 from smolvla.configuration import SmolVLAConfig
 from smolvla.modeling import SmolVLAPolicy
 from smolvla.optimization import adamw
@@ -132,7 +132,7 @@ def assert_exact(folder, step, policy, optimizer):
     """All that trains is what it was when the save of the step began, and so is the exported policy."""
     set_to(policy, optimizer, -2)
     assert checkpoint.load(folder, policy, optimizer).step == step
-    exported = load_file(folder / checkpoint.PRETRAINED / "model.safetensors")
+    exported = load_file(folder / PRETRAINED / "model.safetensors")
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
             for tensor in (parameter, exported[name], *optimizer.state[parameter].values()):

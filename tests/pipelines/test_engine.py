@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from toys import golden_rows, spawned
 
 from pipelines import engine as engine_module
-from pipelines.engine import Engine, TrainConfig
+from pipelines.engine import Engine
+from pipelines.train_config import TrainConfig
 from smolvla.lora import LoRA
 from smolvla.processing import TOKENS
 

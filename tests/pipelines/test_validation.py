@@ -12,12 +12,13 @@ from runs import one_process, toy_policy_and_reader
 from toys import LENGTHS, TASKS, FileWriter, spawned, with_cut_image
 
 from pipelines.dataset import open_dataset
-from pipelines.engine import Engine, TrainConfig
+from pipelines.engine import Engine
 from pipelines.inspection import episode_columns
 from pipelines.plan import PREDICTION_NOISE, VALIDATION_NOISE, generator_seed
 from pipelines.predictions import Predictions
 from pipelines.samples import Source, StreamConfig
 from pipelines.tensors import ToTorch
+from pipelines.train_config import TrainConfig
 from pipelines.validation import (
     DRAWS,
     HeldOut,

@@ -83,7 +83,7 @@ def make_trainer(policy, folder, **values):
 
 
 def plain_loop(policy):
-    """The arithmetic of the Ray loop (pipelines/training.py) on one worker; returns the losses."""
+    """The arithmetic of the Ray loop (pipelines/train_worker.py) on one worker; returns the losses."""
     policy.train()
     optimizer, draw, losses = adamw(policy, policy.config), SeededDraw(3), []
     for step in range(STEPS):
