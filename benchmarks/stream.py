@@ -17,8 +17,9 @@ vs_dataloader           rows a second over those of a torch DataLoader with 2 wo
 vs_random_video         rows a second over those of a map-style DataLoader with 2 workers over the source's
                         mp4 files: shuffled frames, for each the file opened, seek, decode, as LeRobot does
                         with PyAV; vs_open_video: the same with files kept open.
-vs_lerobot              rows a second over those of LeRobot's own dataset class under the same DataLoader, if
-                        LEROBOT_PYTHON names a Python that has LeRobot (see CONTRIBUTING.md).
+vs_lerobot_pyav,        rows a second over those of LeRobot's own dataset class under the same DataLoader, with
+vs_lerobot_torchcodec   each of its decoders, if LEROBOT_PYTHON names a Python that has LeRobot and torchcodec
+                        (see CONTRIBUTING.md; torchcodec needs the libraries of FFmpeg).
 distinct_episode_ratio  distinct episodes in batches of 64 at the default settings over those of a shuffle of
                         everything; 200 episodes of 250 frames, row groups of 16.
 wait_share              part of its time that a consumer waits whose step is throttled to 1/1.3 of the
@@ -460,13 +461,16 @@ def video(source: str, folder: Path, *, rows: int) -> dict[str, float]:
         results[f"vs_{name}_cpu"] = ours["cpu"] / theirs["cpu"]
         results[f"{name}_rows_per_s"] = theirs["wall"]
     if python := os.environ.get("LEROBOT_PYTHON"):
-        results["lerobot_rows_per_s"] = lerobot_rows_per_s(python, source, rows=rows)
-        results["vs_lerobot"] = ours["wall"] / results["lerobot_rows_per_s"]
+        for backend in ("pyav", "torchcodec"):
+            theirs = lerobot_rows_per_s(python, source, backend, rows=rows)
+            results[f"lerobot_{backend}_rows_per_s"] = theirs
+            results[f"vs_lerobot_{backend}"] = ours["wall"] / theirs
     return results
 
 
-def lerobot_rows_per_s(python: str, source: str, *, rows: int) -> float:
-    command = [python, str(ROOT / "benchmarks/lerobot_loader.py"), source, "--samples", str(rows)]
+def lerobot_rows_per_s(python: str, source: str, backend: str, *, rows: int) -> float:
+    command = [python, str(ROOT / "benchmarks/lerobot_loader.py"), source]
+    command += ["--backend", backend, "--samples", str(rows)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["samples_per_s"]
