@@ -16,10 +16,11 @@ vs_dataloader           rows a second over those of a torch DataLoader with 2 wo
                         shuffled row group an item, the same windows, decoding, shrinking and normalising.
 vs_random_video         rows a second over those of a map-style DataLoader with 2 workers over the source's
                         mp4 files: shuffled frames, for each the file opened, seek, decode, as LeRobot does
-                        with PyAV; vs_open_video: the same with files kept open.
-vs_lerobot_pyav,        rows a second over those of LeRobot's own dataset class under the same DataLoader, with
-vs_lerobot_torchcodec   each of its decoders, if LEROBOT_PYTHON names a Python that has LeRobot and torchcodec
-                        (see CONTRIBUTING.md; torchcodec needs the libraries of FFmpeg).
+                        with PyAV; vs_open_video: the same with files kept open. *_resized: the stream of a
+                        dataset that was ingested with `--resize 512`, what the policy takes, as README does.
+vs_lerobot_pyav,        rows a second over those of LeRobot's own dataset class under the same DataLoader,
+vs_lerobot_torchcodec   with each of its decoders, if LEROBOT_PYTHON names a Python that has LeRobot and
+                        torchcodec (see CONTRIBUTING.md; torchcodec needs the libraries of FFmpeg).
 distinct_episode_ratio  distinct episodes in batches of 64 at the default settings over those of a shuffle of
                         everything; 200 episodes of 250 frames, row groups of 16.
 wait_share              part of its time that a consumer waits whose step is throttled to 1/1.3 of the
@@ -124,11 +125,11 @@ def measure(folder: Path, *, quick: bool, source: str, only: list[str] | None) -
     parts: dict[str, Callable[[], dict[str, float]]] = {
         "plan": plan_cost,
         "shuffle": shuffle_quality,
-        "scaling": lambda: scaling(generated(folder), rows=1536 if quick else 8192),
+        "scaling": lambda: scaling(generated(folder), rows=1024 if quick else 8192),
         "shards": lambda: many_shards(folder, shards=10_000),
-        "rates": lambda: rates(generated(folder), rounds=5 if quick else 25),
-        "video": lambda: video(source, folder, rows=768 if quick else 4096),
-        "starvation": lambda: starvation(generated(folder), seconds=30 if quick else 90),
+        "rates": lambda: rates(generated(folder), rounds=3 if quick else 25),
+        "video": lambda: video(source, folder, rows=512 if quick else 4096),
+        "starvation": lambda: starvation(generated(folder), seconds=20 if quick else 90),
     }
     results: dict[str, float] = {}
     for name in only or parts:
@@ -278,7 +279,7 @@ def rates(path: Path, *, rounds: int) -> dict[str, float]:
     }
     with StoreWatch() as store:
         workers = in_turns(workers_sides, rounds=rounds)
-        tasks = in_turns(tasks_sides, rounds=rounds * 3 // 5)  # not the default, and slower
+        tasks = in_turns(tasks_sides, rounds=max(rounds * 3 // 5, 2))  # not the default, and slower
     ratios = {
         **ratio("per_core_efficiency", workers["stream"], workers["bare"], "cpu"),
         **ratio("per_core_efficiency_tasks", tasks["tasks"], tasks["bare"], "cpu"),
@@ -451,21 +452,23 @@ def video_rows(source: str, *, keep_open: bool) -> Iterator[int]:
 
 
 def video(source: str, folder: Path, *, rows: int) -> dict[str, float]:
-    ingested(source, folder / "from-video")
-    reader = sample_reader(folder / "from-video")
-    ours = rate(stream_rows(reader), rows=4 * rows)
-    results = {"franka_stream_rows_per_s": ours["wall"]}
+    ours, theirs = {}, {}
+    for suffix, resize in (("", None), ("_resized", BOX)):
+        target = folder / f"from-video{suffix}"
+        ingested(source, target, resize=resize)
+        ours[suffix] = rate(stream_rows(sample_reader(target)), rows=4 * rows)["wall"]
     for name, keep_open in (("random_video", False), ("open_video", True)):
-        theirs = rate(video_rows(source, keep_open=keep_open), rows=rows, warm=32)
-        results[f"vs_{name}"] = ours["wall"] / theirs["wall"]
-        results[f"vs_{name}_cpu"] = ours["cpu"] / theirs["cpu"]
-        results[f"{name}_rows_per_s"] = theirs["wall"]
+        theirs[name] = rate(video_rows(source, keep_open=keep_open), rows=rows, warm=32)["wall"]
     if python := os.environ.get("LEROBOT_PYTHON"):
         for backend in ("pyav", "torchcodec"):
-            theirs = lerobot_rows_per_s(python, source, backend, rows=rows)
-            results[f"lerobot_{backend}_rows_per_s"] = theirs
-            results[f"vs_lerobot_{backend}"] = ours["wall"] / theirs
-    return results
+            theirs[f"lerobot_{backend}"] = lerobot_rows_per_s(python, source, backend, rows=rows)
+    ratios = {
+        f"vs_{name}{suffix}": stream / other
+        for name, other in theirs.items()
+        for suffix, stream in ours.items()
+    }
+    rates = {f"video_stream{suffix}": stream for suffix, stream in ours.items()} | theirs
+    return ratios | {f"{name}_rows_per_s": rate for name, rate in rates.items()}
 
 
 def lerobot_rows_per_s(python: str, source: str, backend: str, *, rows: int) -> float:
@@ -476,9 +479,9 @@ def lerobot_rows_per_s(python: str, source: str, backend: str, *, rows: int) -> 
     return json.loads(done.stdout.splitlines()[-1])["samples_per_s"]
 
 
-def ingested(source: str, target: Path) -> None:
+def ingested(source: str, target: Path, *, resize: tuple[int, int] | None) -> None:
     """Decode the videos into an episode dataset, in this process."""
-    lerobot, options = LeRobotSource(uri=source), writer.WriterOptions()
+    lerobot, options = LeRobotSource(uri=source), writer.WriterOptions(resize=resize)
     listing = lerobot.listing()
     place = output.opened(str(target), listing, options, append=False)
     output.begin(place, listing)
