@@ -1,7 +1,7 @@
-"""The actor that brings a run's points and pictures to MLflow, by name.
+"""The class of the actor that brings a run's points and pictures to MLflow, without what that takes.
 
-Ray imports an actor's class wherever a handle of it arrives, so in every train worker: what the actor imports
-(MLflow, matplotlib) is in `jobs.delivery`.
+Ray imports an actor's class wherever a handle of it arrives, so in every train worker: what needs MLflow and
+matplotlib is in `jobs.delivery`.
 """
 
 from collections.abc import Sequence

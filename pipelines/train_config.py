@@ -1,4 +1,4 @@
-"""What a training run computes, without what computes it: drivers and data processes read this, too."""
+"""What a training run computes, without what computes it: a driver reads this, too."""
 
 from dataclasses import dataclass
 from typing import Literal
