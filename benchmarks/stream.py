@@ -125,10 +125,10 @@ def measure(folder: Path, *, quick: bool, source: str, only: list[str] | None) -
     parts: dict[str, Callable[[], dict[str, float]]] = {
         "plan": plan_cost,
         "shuffle": shuffle_quality,
-        "scaling": lambda: scaling(generated(folder), rows=1024 if quick else 8192),
+        "scaling": lambda: scaling(generated(folder), rows=768 if quick else 8192),
         "shards": lambda: many_shards(folder, shards=10_000),
         "rates": lambda: rates(generated(folder), rounds=3 if quick else 25),
-        "video": lambda: video(source, folder, rows=512 if quick else 4096),
+        "video": lambda: video(source, folder, rows=384 if quick else 4096),
         "starvation": lambda: starvation(generated(folder), seconds=20 if quick else 90),
     }
     results: dict[str, float] = {}
