@@ -467,8 +467,8 @@ def video(source: str, folder: Path, *, rows: int) -> dict[str, float]:
         for name, other in theirs.items()
         for suffix, stream in ours.items()
     }
-    rates = {f"video_stream{suffix}": stream for suffix, stream in ours.items()} | theirs
-    return ratios | {f"{name}_rows_per_s": rate for name, rate in rates.items()}
+    sides = {f"video_stream{suffix}": stream for suffix, stream in ours.items()} | theirs
+    return ratios | {f"{name}_rows_per_s": rows_per_s for name, rows_per_s in sides.items()}
 
 
 def lerobot_rows_per_s(python: str, source: str, backend: str, *, rows: int) -> float:

@@ -54,7 +54,8 @@ def measure(folder: Path, *, steps: int) -> dict[str, float]:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "ray_token")}
     import ray  # reads the token once
 
-    from jobs import points, tracking
+    from jobs import tracking
+    from jobs.points import run_writer
     from pipelines.run_storage import RunStorage
 
     ray.init(address=services["ray"]["address"], log_to_driver=False)
@@ -62,7 +63,7 @@ def measure(folder: Path, *, steps: int) -> dict[str, float]:
     run = tracking.start_run(uri, experiment="benchmark", name="ours", params={}, tags={})
     theirs = tracking.start_run(uri, experiment="benchmark", name="theirs", params={}, tags={})
     storage = RunStorage(folder=folder / "run")
-    writer = points.run_writer(run, storage)
+    writer = run_writer(run, storage)
     client = theirs.client
     points = {
         "ours": writer.log,

@@ -8,7 +8,7 @@ from pipelines.run_storage import RunStorage
 
 
 def test_a_worker_tells_its_points_without_an_import_of_mlflow(services, ray_session, tmp_path):
-    """Three seconds and 100 MB in each worker: Ray imports an actor's class where its handle arrives."""
+    """Three seconds of CPU in each worker: Ray imports an actor's class where its handle arrives."""
     run = tracking.start_run(services["mlflow"]["url"], experiment="points", name="told", params={}, tags={})
     writer = run_writer(run, RunStorage(folder=tmp_path))
 
