@@ -55,6 +55,7 @@ def measure(folder: Path, *, steps: int) -> dict[str, float]:
     import ray  # reads the token once
 
     from jobs import tracking
+    from jobs.delivery import delivery_of
     from jobs.points import run_writer
     from pipelines.run_storage import RunStorage
 
@@ -63,7 +64,7 @@ def measure(folder: Path, *, steps: int) -> dict[str, float]:
     run = tracking.start_run(uri, experiment="benchmark", name="ours", params={}, tags={})
     theirs = tracking.start_run(uri, experiment="benchmark", name="theirs", params={}, tags={})
     storage = RunStorage(folder=folder / "run")
-    writer = run_writer(run, storage)
+    writer = run_writer(delivery_of(run, storage))
     client = theirs.client
     points = {
         "ours": writer.log,

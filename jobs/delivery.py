@@ -6,12 +6,13 @@ likes. A point is known by its step: after a restart the replayed steps have the
 plan is for), so the first writing of a step stays and later ones are dropped; no curve shows a step twice.
 """
 
+import functools
 import json
 import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,9 @@ def _points(record: Mapping[str, Any]) -> Iterator[Metric]:
 def last_step(run: TrackedRun) -> int:
     """The last step of which the server has a point; every point has a learning rate."""
     return max((point.step for point in run.client.get_metric_history(run.run_id, "train/lr")), default=0)
+
+
+def delivery_of(run: TrackedRun, storage: RunStorage) -> Callable[[], Delivery]:
+    """What an actor calls to deliver a run's points."""
+    began_ms = run.client.get_run(run.run_id).info.start_time
+    return functools.partial(Delivery, run, storage, began_ms)

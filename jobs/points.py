@@ -5,9 +5,9 @@ Neither MLflow nor matplotlib is imported here: each of these processes would ta
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.train import Checkpoint, UserCallback
@@ -17,9 +17,6 @@ from jobs.environment import MLFLOW_CLIENT
 from jobs.shipper import Point, Shipper
 from pipelines.predictions import Predictions
 from pipelines.run_storage import RunStorage
-
-if TYPE_CHECKING:
-    from jobs.tracking import TrackedRun
 
 MEASURED = {"train/loss": "checkpoint/train_loss", "val/loss": "checkpoint/val_loss"}
 """Of what is reported with a checkpoint, the metrics of its model. MLflow shows them at the run too, so they
@@ -91,14 +88,17 @@ class RunWriter:
         return int(ray.get(self.actor.close.remote(timeout_s)))
 
 
-def run_writer(run: "TrackedRun", storage: RunStorage) -> RunWriter:
-    """Start the actor that ships a run's points, on this process's node, where its spool is."""
+def run_writer(make_delivery: Callable[[], Any]) -> RunWriter:
+    """Start the actor that ships a run's points, on this process's node, where its spool is.
+
+    Args:
+        make_delivery: of `jobs.delivery.delivery_of`; called in the actor.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Shipper).options(
         num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": MLFLOW_CLIENT}
     )
-    began_ms = run.client.get_run(run.run_id).info.start_time
-    return RunWriter(actor.remote(run, storage, began_ms))
+    return RunWriter(actor.remote(make_delivery))
 
 
 class CheckpointsInMlflow(UserCallback):

@@ -4,26 +4,20 @@ Ray imports an actor's class wherever a handle of it arrives, so in every train 
 matplotlib is in `jobs.delivery`.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from pipelines.predictions import Predictions
-from pipelines.run_storage import RunStorage
-
-if TYPE_CHECKING:
-    from jobs.tracking import TrackedRun
 
 Point = tuple[int, dict[str, float], int]
 """Step, values, time in ms."""
 
 
 class Shipper:
-    """A `jobs.delivery.Delivery` as an actor; its arguments and methods are those."""
+    """A `jobs.delivery.Delivery` as an actor, made in its process; its methods are those."""
 
-    def __init__(self, run: "TrackedRun", storage: RunStorage, began_ms: int) -> None:
-        from jobs.delivery import Delivery
-
-        self._delivery = Delivery(run, storage, began_ms)
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._delivery = make()
 
     def log(self, points: Sequence[Point]) -> None:
         self._delivery.log(points)

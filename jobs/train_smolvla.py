@@ -33,7 +33,7 @@ from jobs import (
     tracking,
     training_data,
 )
-from jobs.delivery import SPOOL
+from jobs.delivery import SPOOL, delivery_of
 from jobs.ending import truthful_end
 from jobs.evaluated_beside import EvalOptions
 from jobs.evaluations import Evaluations
@@ -612,7 +612,7 @@ def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
     board = start_board()
     beside = evaluated(job, prepared, run, board, complete=at.step >= job.steps)
     with beside as evaluations, truthful_end(run, board):
-        writer = run_writer(run, prepared.storage)
+        writer = run_writer(delivery_of(run, prepared.storage))
         try:
             if at.step >= job.steps:
                 print(f"run {job.run_name} is complete at step {at.step}; nothing to do", flush=True)

@@ -3,6 +3,7 @@
 import sys
 
 from jobs import tracking
+from jobs.delivery import delivery_of
 from jobs.points import run_writer
 from pipelines.run_storage import RunStorage
 
@@ -10,7 +11,7 @@ from pipelines.run_storage import RunStorage
 def test_a_worker_tells_its_points_without_an_import_of_mlflow(services, ray_session, tmp_path):
     """Three seconds of CPU in each worker: Ray imports an actor's class where its handle arrives."""
     run = tracking.start_run(services["mlflow"]["url"], experiment="points", name="told", params={}, tags={})
-    writer = run_writer(run, RunStorage(folder=tmp_path))
+    writer = run_writer(delivery_of(run, RunStorage(folder=tmp_path)))
 
     def told(writer):
         writer.log(1, {"train/lr": 0.5})
