@@ -45,6 +45,13 @@ def pytest_unconfigure(config):
     shutil.rmtree(STATE, ignore_errors=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_tracking():
+    """No module's tracking server is told of the ingestions of the next one: mlflow.set_tracking_uri lasts."""
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture(scope="session")
 def services():
     """The record of a Ray head and an MLflow server that belong to this session; stopped at its end."""

@@ -36,7 +36,7 @@ from jobs.tracking import TrackingOptions
 from jobs.train_smolvla import TrainJob
 from pipelines.dataset import filesystem_of
 from pipelines.files import exists, joined
-from pipelines.metrics import OF_POINTS, SPOOL
+from pipelines.metrics import OF_POINTS, REPORT_INTERVAL, SPOOL
 from pipelines.run_storage import RunStorage
 from smolvla import SmolVLAPolicy
 from smolvla.configuration import SmolVLAConfig
@@ -172,7 +172,8 @@ def smaller_policy(folder):
 
 @pytest.fixture(scope="module")
 def uninterrupted(jobs, episodes):
-    job = jobs.submit("uninterrupted", episodes, record_rows="true")
+    often = {REPORT_INTERVAL: "500"}  # the run may end before what it exported every 4 s was asked for
+    job = jobs.submit("uninterrupted", episodes, often, record_rows="true")
     status = jobs.wait(job, meanwhile=jobs.scrape)
     logs = jobs.client.get_job_logs(job)
     assert status == JobStatus.SUCCEEDED, logs[-4000:]
@@ -332,13 +333,19 @@ def server_away(services):
     server = psutil.Process(services["mlflow"]["pid"])
     for process in (server, *server.children(recursive=True)):
         process.kill()
-    yield
-    subprocess.run([sys.executable, str(ROOT / "infra/local/services.py"), "up"], check=True, timeout=240)
+    try:
+        yield
+    finally:
+        subprocess.run([sys.executable, str(ROOT / "infra/local/services.py"), "up"], check=True, timeout=240)
 
 
 def kill_a_worker(services):
-    family = psutil.Process(services["ray"]["pid"]).children(recursive=True)
-    next(process for process in family if "RayTrainWorker" in " ".join(process.cmdline())).kill()
+    for process in psutil.Process(services["ray"]["pid"]).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # Ray ends idle ones meanwhile
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                process.kill()
+                return
+    raise AssertionError("no train worker is there")
 
 
 def reap(jobs):
