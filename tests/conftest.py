@@ -47,7 +47,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def own_tracking():
-    """No module's tracking server is told of the ingestions of the next one: mlflow.set_tracking_uri lasts."""
+    """No tracking server is told of the next module's ingestions: mlflow.set_tracking_uri lasts."""
     yield
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
