@@ -1,15 +1,13 @@
-"""Samples a second of LeRobot's own dataset class, read in random order; run by a Python that has LeRobot.
+"""LeRobot's own dataset class in random order, for benchmarks/stream.py; run by a Python that has LeRobot.
 
-<python> benchmarks/lerobot_loader.py <LeRobot v3.0 dataset> [--backend pyav|torchcodec] [--samples 600]
+<python> benchmarks/lerobot_loader.py <LeRobot v3.0 dataset> [--backend pyav|torchcodec]
 
 A torch DataLoader with 2 workers over shuffled samples with 50 actions each, in batches of 8, as LeRobot's
-trainer asks for them. The last line is one JSON object.
+trainer asks for them. For each line that it reads it takes a batch and prints its number of samples.
 """
 
 import argparse
-import itertools
-import json
-import time
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +24,6 @@ def main() -> None:
     )
     parser.add_argument("root")
     parser.add_argument("--backend", choices=["pyav", "torchcodec"], default="pyav")
-    parser.add_argument("--samples", type=int, default=600)
     flags = parser.parse_args()
     fps = LeRobotDataset("local/data", root=flags.root).fps
     dataset = LeRobotDataset(
@@ -36,12 +33,8 @@ def main() -> None:
         video_backend=flags.backend,
     )
     torch.set_num_threads(1)
-    batches = batches_of(dataset)
-    for _ in range(4):
-        next(batches)
-    started = time.perf_counter()
-    seen = sum(len(batch["action"]) for batch in itertools.islice(batches, flags.samples // BATCH))
-    print(json.dumps({"samples_per_s": seen / (time.perf_counter() - started)}))
+    for _, batch in zip(sys.stdin, batches_of(dataset), strict=False):
+        print(len(batch["action"]), flush=True)
 
 
 def batches_of(dataset: LeRobotDataset) -> Iterator[dict[str, Any]]:

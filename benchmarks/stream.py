@@ -15,9 +15,12 @@ per_core_efficiency     rows a CPU second of the stream (Ray's own processes and
 vs_dataloader           rows a second over those of a torch DataLoader with 2 workers over the same files: a
                         shuffled row group an item, the same windows, decoding, shrinking and normalising.
 vs_random_video         rows a second over those of a map-style DataLoader with 2 workers over the source's
-                        mp4 files: shuffled frames, for each the file opened, seek, decode, as LeRobot does
-                        with PyAV; vs_open_video: the same with files kept open. *_resized: the stream of a
-                        dataset that was ingested with `--resize 512`, what the policy takes, as README does.
+                        mp4 files that does for a frame what LeRobot 0.4.4 does with PyAV: open the file,
+                        seek, decode from the key frame on, each frame to RGB, the last as float32 of 0..1.
+                        *_resized: the stream of a dataset that was ingested with `--resize 512`, what the
+                        policy takes, as README does.
+vs_lean_video,          the same over the least that random access needs: one decoding thread, only the frame
+vs_open_video           that was asked for becomes RGB, 8 bits and shrunk; open: files are kept open, too.
 vs_lerobot_pyav,        rows a second over those of LeRobot's own dataset class under the same DataLoader,
 vs_lerobot_torchcodec   with each of its decoders, if LEROBOT_PYTHON names a Python that has LeRobot and
                         torchcodec (see CONTRIBUTING.md; torchcodec needs the libraries of FFmpeg).
@@ -33,6 +36,7 @@ plan_reach_s, plan_mb   to reach a far micro-batch of a plan over 10^8 rows in 1
 """
 
 import argparse
+import functools
 import gc
 import itertools
 import json
@@ -86,6 +90,7 @@ TURN_ROWS = 1024
 STREAM_TURN_ROWS = 2048  # twice what is read at once
 STREAM_AHEAD_ROWS = 2304  # more than lie ready when nobody takes any
 LOADER_AHEAD_ROWS = 384
+VIDEO_TURN_ROWS, VIDEO_AHEAD_ROWS = 128, 40  # four batches of 8 lie ready, and one is given
 
 
 class Side(NamedTuple):
@@ -128,7 +133,7 @@ def measure(folder: Path, *, quick: bool, source: str, only: list[str] | None) -
         "scaling": lambda: scaling(generated(folder), rows=768 if quick else 8192),
         "shards": lambda: many_shards(folder, shards=10_000),
         "rates": lambda: rates(generated(folder), rounds=3 if quick else 25),
-        "video": lambda: video(source, folder, rows=384 if quick else 4096),
+        "video": lambda: video(source, folder, rounds=2 if quick else 12),
         "starvation": lambda: starvation(generated(folder), seconds=20 if quick else 90),
     }
     results: dict[str, float] = {}
@@ -396,19 +401,42 @@ class StoreWatch:
 
 
 class VideoFrames(MapDataset[torch.Tensor]):
-    """A frame an item, as LeRobot reads it: seek to its time, decode up to it."""
+    """A frame of a camera an item, read with PyAV as LeRobot 0.4.4 does (see its decode_video_frames)."""
 
-    def __init__(self, source: str, *, keep_open: bool) -> None:
-        self.keep_open = keep_open
+    def __init__(self, source: str) -> None:
         self.places = [
-            (f"{source}/{clip.path}", clip.from_s + (frame + 0.5) / fps)
+            (f"{source}/{clip.path}", clip.from_s + frame / fps)
             for fps, clip, frames in _clips(source)
             for frame in range(frames)
         ]
-        self._open: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        path, moment_s = self.places[index]
+        seen, times = [], []
+        with av.open(path) as container:
+            for frame in decoded_from(container, moment_s):
+                seen.append(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1))
+                times.append(frame.time)
+                if times[-1] >= moment_s:
+                    break
+        nearest = int(np.abs(np.asarray(times) - moment_s).argmin())
+        return seen[nearest].to(torch.float32) / 255
+
+
+class LeanVideoFrames(VideoFrames):
+    """The same frames with the least work.
+
+    Args:
+        keep_open: files stay open, so that a frame costs no more than a seek and decoding.
+    """
+
+    def __init__(self, source: str, *, keep_open: bool) -> None:
+        super().__init__(source)
+        self.keep_open = keep_open
+        self._open: dict[str, Any] = {}
 
     def __getitem__(self, index: int) -> torch.Tensor:
         path, moment_s = self.places[index]
@@ -425,16 +453,23 @@ class VideoFrames(MapDataset[torch.Tensor]):
         return container
 
     def _frame(self, container: Any, moment_s: float) -> torch.Tensor:
-        video_stream = container.streams.video[0]
-        container.seek(int(moment_s / video_stream.time_base), stream=video_stream, backward=True)
-        shown = None
-        for frame in container.decode(video_stream):
-            if shown is not None and frame.time is not None and frame.time > moment_s:
-                break
-            shown = frame
-        assert shown is not None
-        image = shown.to_ndarray(format="rgb24")
-        return torch.from_numpy(shrunk(image, size=(384, 512)))
+        *_, shown = until(decoded_from(container, moment_s), moment_s)
+        return torch.from_numpy(shrunk(shown.to_ndarray(format="rgb24"), size=(384, 512)))
+
+
+def decoded_from(container: Any, moment_s: float) -> Iterator[Any]:
+    """Frames from the last key frame before that moment on."""
+    video_stream = container.streams.video[0]
+    container.seek(round(moment_s / video_stream.time_base), stream=video_stream)
+    return container.decode(video_stream)
+
+
+def until(frames: Iterator[Any], moment_s: float) -> Iterator[Any]:
+    """Up to the first that is not shown before, give or take half a frame of 1000 a second."""
+    for frame in frames:
+        yield frame
+        if frame.time >= moment_s - 0.0005:
+            return
 
 
 def _clips(source: str) -> Iterator[tuple[float, Any, int]]:
@@ -444,39 +479,48 @@ def _clips(source: str) -> Iterator[tuple[float, Any, int]]:
             yield listing.fps, clip, unit.num_frames
 
 
-def video_rows(source: str, *, keep_open: bool) -> Iterator[int]:
+def video_rows(frames: VideoFrames) -> Iterator[int]:
     while True:
-        frames = VideoFrames(source, keep_open=keep_open)
         for batch in DataLoader(frames, batch_size=8, shuffle=True, num_workers=CORES):
             yield len(batch)
 
 
-def video(source: str, folder: Path, *, rows: int) -> dict[str, float]:
-    ours, theirs = {}, {}
+def video(source: str, folder: Path, *, rounds: int) -> dict[str, float]:
+    def loader(frames: VideoFrames) -> Side:
+        return Side(lambda: video_rows(frames), ahead=VIDEO_AHEAD_ROWS, turn=VIDEO_TURN_ROWS)
+
+    sides = {}
     for suffix, resize in (("", None), ("_resized", BOX)):
         target = folder / f"from-video{suffix}"
         ingested(source, target, resize=resize)
-        ours[suffix] = rate(stream_rows(sample_reader(target)), rows=4 * rows)["wall"]
-    for name, keep_open in (("random_video", False), ("open_video", True)):
-        theirs[name] = rate(video_rows(source, keep_open=keep_open), rows=rows, warm=32)["wall"]
+        start = functools.partial(stream_rows, sample_reader(target))
+        sides[f"video_stream{suffix}"] = Side(start, ahead=STREAM_AHEAD_ROWS)
+    sides["random_video"] = loader(VideoFrames(source))
+    sides["lean_video"] = loader(LeanVideoFrames(source, keep_open=False))
+    sides["open_video"] = loader(LeanVideoFrames(source, keep_open=True))
     if python := os.environ.get("LEROBOT_PYTHON"):
         for backend in ("pyav", "torchcodec"):
-            theirs[f"lerobot_{backend}"] = lerobot_rows_per_s(python, source, backend, rows=rows)
-    ratios = {
-        f"vs_{name}{suffix}": stream / other
-        for name, other in theirs.items()
-        for suffix, stream in ours.items()
-    }
-    sides = {f"video_stream{suffix}": stream for suffix, stream in ours.items()} | theirs
-    return ratios | {f"{name}_rows_per_s": rows_per_s for name, rows_per_s in sides.items()}
+            start = functools.partial(lerobot_rows, python, source, backend)
+            sides[f"lerobot_{backend}"] = Side(start, ahead=VIDEO_AHEAD_ROWS, turn=VIDEO_TURN_ROWS)
+    paces = in_turns(sides, rounds=rounds)
+    ratios = {}
+    for name in [name for name in sides if not name.startswith("video_stream")]:
+        for suffix in ("", "_resized"):
+            ratios |= ratio(f"vs_{name}{suffix}", paces[f"video_stream{suffix}"], paces[name], "wall")
+    return ratios | {name: value for name, value in medians(paces).items() if name.endswith("_per_s")}
 
 
-def lerobot_rows_per_s(python: str, source: str, backend: str, *, rows: int) -> float:
-    command = [python, str(ROOT / "benchmarks/lerobot_loader.py"), source]
-    command += ["--backend", backend, "--samples", str(rows)]
+def lerobot_rows(python: str, source: str, backend: str) -> Iterator[int]:
+    command = [python, str(ROOT / "benchmarks/lerobot_loader.py"), source, "--backend", backend]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])["samples_per_s"]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        while True:
+            process.stdin.write("\n")
+            yield int(process.stdout.readline())
 
 
 def ingested(source: str, target: Path, *, resize: tuple[int, int] | None) -> None:
