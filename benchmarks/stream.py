@@ -11,7 +11,10 @@ The stream decodes in threads of the consumer, as train workers on one machine d
 the stream whose rows are decoded by tasks of Ray Data, as on a cluster with nodes that do not train.
 
 per_core_efficiency     rows a CPU second of the stream (Ray's own processes and the consumer included) over
-                        those of a bare loop in one process that reads the same rows, decodes and shrinks.
+                        those of a bare loop that reads the same rows, decodes and shrinks, one on each core
+                        at once: a core gives less while its neighbour works, to the stream as to a loop.
+per_core_efficiency     the same over one bare loop while the other core rests.
+_one_loop
 vs_dataloader           rows a second over those of a torch DataLoader with 2 workers over the same files: a
                         shuffled row group an item, the same windows, decoding, shrinking and normalising.
 vs_random_video         rows a second over those of a map-style DataLoader with 2 workers over the source's
@@ -40,6 +43,7 @@ import functools
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -87,6 +91,7 @@ STORE_BYTES = 4 * 10**9
 WARM_ROWS = 1024  # a mixing group; processes start and import meanwhile
 CHUNK = 50
 TURN_ROWS = 1024
+LOOP_ROWS = 64  # of each bare loop, until all wait for the last
 STREAM_TURN_ROWS = 2048  # twice what is read at once
 STREAM_AHEAD_ROWS = 2304  # more than lie ready when nobody takes any
 LOADER_AHEAD_ROWS = 384
@@ -99,8 +104,8 @@ class Side(NamedTuple):
     ahead: int
     """Rows to be taken before each turn: those that lay ready, and others have filled up meanwhile."""
     turn: int = TURN_ROWS
-    own_thread: bool = False
-    """It works in the thread that asks, and nowhere else."""
+    processes: Callable[[], list[int]] | None = None
+    """Those whose CPU time counts; without, this one and all that descend from it."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -268,25 +273,64 @@ def loader_rows(reader: SampleReader) -> Iterator[int]:
             yield len(batch["action"])
 
 
+class BareLoops:
+    """So many bare loops at once, each in a process that has a core to itself."""
+
+    def __init__(self, path: Path, *, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ends, self._processes = [], []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            self._processes.append(context.Process(target=_loop, args=(path, theirs), daemon=True))
+            self._ends.append(ours)
+
+    def rows(self) -> Iterator[int]:
+        for process in self._processes:
+            process.start()
+        try:
+            while True:
+                for end in self._ends:
+                    end.send(LOOP_ROWS)
+                yield sum(end.recv() for end in self._ends)
+        finally:
+            for process in self._processes:
+                process.terminate()
+                process.join()
+
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes if process.pid is not None]
+
+
+def _loop(path: Path, end: Any) -> None:
+    """Work through as many rows as are asked for, as often as somebody asks."""
+    cv2.setNumThreads(1)
+    batches = bare_rows(sample_reader(path))
+    while True:
+        end.send(skip(batches, rows=end.recv()))
+
+
 def rates(path: Path, *, rounds: int) -> dict[str, float]:
     reader = sample_reader(path)
-    bare = Side(lambda: bare_rows(reader), ahead=0, own_thread=True)
+    loops = {"bare": BareLoops(path, count=CORES), "one_loop": BareLoops(path, count=1)}
+    bare = {name: Side(loop.rows, ahead=LOOP_ROWS, processes=loop.pids) for name, loop in loops.items()}
     workers_sides = {
         "stream": Side(lambda: stream_rows(reader), ahead=STREAM_AHEAD_ROWS, turn=STREAM_TURN_ROWS),
-        "bare": bare,
+        **bare,
         "dataloader": Side(lambda: loader_rows(reader), ahead=LOADER_AHEAD_ROWS),
     }
+    loop = BareLoops(path, count=CORES)
     tasks_sides = {
         "tasks": Side(
             lambda: stream_rows(reader, decoding="tasks"), ahead=STREAM_AHEAD_ROWS, turn=STREAM_TURN_ROWS
         ),
-        "bare": bare,
+        "bare": Side(loop.rows, ahead=LOOP_ROWS, processes=loop.pids),
     }
     with StoreWatch() as store:
         workers = in_turns(workers_sides, rounds=rounds)
         tasks = in_turns(tasks_sides, rounds=max(rounds * 3 // 5, 2))  # not the default, and slower
     ratios = {
         **ratio("per_core_efficiency", workers["stream"], workers["bare"], "cpu"),
+        **ratio("per_core_efficiency_one_loop", workers["stream"], workers["one_loop"], "cpu"),
         **ratio("per_core_efficiency_tasks", tasks["tasks"], tasks["bare"], "cpu"),
         **ratio("vs_dataloader", workers["stream"], workers["dataloader"], "wall"),
         **ratio("vs_dataloader_cpu", workers["stream"], workers["dataloader"], "cpu"),
@@ -303,7 +347,7 @@ def in_turns(sides: dict[str, Side], *, rounds: int) -> dict[str, list[dict[str,
     for _ in range(rounds):
         for name, side in sides.items():
             skip(running[name], rows=side.ahead)
-            found[name].append(pace(running[name], rows=side.turn, own_thread=side.own_thread))
+            found[name].append(pace(running[name], rows=side.turn, processes=side.processes))
     return found  # with `running` go the sides' processes and Ray Data executions
 
 
@@ -315,13 +359,15 @@ def skip(batches: Iterator[int], *, rows: int) -> int:
     return seen
 
 
-def pace(batches: Iterator[int], *, rows: int, own_thread: bool = False) -> dict[str, float]:
-    """Rows a second and a CPU second of all processes, or of this thread alone."""
-    cpu, own, started = cpu_seconds(), time.thread_time(), time.perf_counter()
+def pace(
+    batches: Iterator[int], *, rows: int, processes: Callable[[], list[int]] | None = None
+) -> dict[str, float]:
+    """Rows a second and a CPU second, of all processes or of those."""
+    pids = processes() if processes else None
+    cpu, started = cpu_seconds(pids), time.perf_counter()
     seen = skip(batches, rows=rows)
     wall = time.perf_counter() - started
-    spent = time.thread_time() - own if own_thread else cpu_since(cpu)
-    return {"wall": seen / wall, "cpu": seen / spent}
+    return {"wall": seen / wall, "cpu": seen / cpu_since(cpu, pids)}
 
 
 def rate(batches: Iterator[int], *, rows: int, warm: int = WARM_ROWS) -> dict[str, float]:
@@ -348,10 +394,11 @@ def medians(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
     }
 
 
-def cpu_seconds() -> dict[int, float]:
-    """Process id -> CPU seconds, of this process and its descendants."""
+def cpu_seconds(pids: list[int] | None = None) -> dict[int, float]:
+    """Process id -> CPU seconds; without ids, of this process and its descendants."""
     found = {}
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+    everyone = (psutil.Process(), *psutil.Process().children(recursive=True))
+    for process in map(psutil.Process, pids) if pids else everyone:
         try:
             times = process.cpu_times()
         except psutil.Error:
@@ -360,9 +407,9 @@ def cpu_seconds() -> dict[int, float]:
     return found
 
 
-def cpu_since(before: dict[int, float]) -> float:
+def cpu_since(before: dict[int, float], pids: list[int] | None = None) -> float:
     """CPU seconds since then; a process that ended meanwhile takes its own with it."""
-    return sum(seconds - before.get(pid, 0.0) for pid, seconds in cpu_seconds().items())
+    return sum(seconds - before.get(pid, 0.0) for pid, seconds in cpu_seconds(pids).items())
 
 
 class StoreWatch:
