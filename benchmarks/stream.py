@@ -13,8 +13,7 @@ the stream whose rows are decoded by tasks of Ray Data, as on a cluster with nod
 per_core_efficiency     rows a CPU second of the stream (Ray's own processes and the consumer included) over
                         those of a bare loop that reads the same rows, decodes and shrinks, one on each core
                         at once: a core gives less while its neighbour works, to the stream as to a loop.
-per_core_efficiency     the same over one bare loop while the other core rests.
-_one_loop
+                        *_one_loop: the same over one bare loop while the other core rests.
 vs_dataloader           rows a second over those of a torch DataLoader with 2 workers over the same files: a
                         shuffled row group an item, the same windows, decoding, shrinking and normalising.
 vs_random_video         rows a second over those of a map-style DataLoader with 2 workers over the source's
@@ -95,6 +94,7 @@ LOOP_ROWS = 64  # of each bare loop, until all wait for the last
 STREAM_TURN_ROWS = 2048  # twice what is read at once
 STREAM_AHEAD_ROWS = 2304  # more than lie ready when nobody takes any
 LOADER_AHEAD_ROWS = 384
+HALF_A_MS = 0.0005
 VIDEO_TURN_ROWS, VIDEO_AHEAD_ROWS = 128, 40  # four batches of 8 lie ready, and one is given
 
 
@@ -274,7 +274,7 @@ def loader_rows(reader: SampleReader) -> Iterator[int]:
 
 
 class BareLoops:
-    """So many bare loops at once, each in a process that has a core to itself."""
+    """So many bare loops at once, each in a process of its own."""
 
     def __init__(self, path: Path, *, count: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -397,13 +397,12 @@ def medians(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
 def cpu_seconds(pids: list[int] | None = None) -> dict[int, float]:
     """Process id -> CPU seconds; without ids, of this process and its descendants."""
     found = {}
-    everyone = (psutil.Process(), *psutil.Process().children(recursive=True))
-    for process in map(psutil.Process, pids) if pids else everyone:
+    for pid in pids or [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]:
         try:
-            times = process.cpu_times()
+            times = psutil.Process(pid).cpu_times()
         except psutil.Error:
             continue
-        found[process.pid] = times.user + times.system
+        found[pid] = times.user + times.system
     return found
 
 
@@ -500,7 +499,8 @@ class LeanVideoFrames(VideoFrames):
         return container
 
     def _frame(self, container: Any, moment_s: float) -> torch.Tensor:
-        *_, shown = until(decoded_from(container, moment_s), moment_s)
+        frames = decoded_from(container, moment_s)
+        shown = next(frame for frame in frames if frame.time >= moment_s - HALF_A_MS)
         return torch.from_numpy(shrunk(shown.to_ndarray(format="rgb24"), size=(384, 512)))
 
 
@@ -509,14 +509,6 @@ def decoded_from(container: Any, moment_s: float) -> Iterator[Any]:
     video_stream = container.streams.video[0]
     container.seek(round(moment_s / video_stream.time_base), stream=video_stream)
     return container.decode(video_stream)
-
-
-def until(frames: Iterator[Any], moment_s: float) -> Iterator[Any]:
-    """Up to the first that is not shown before, give or take half a frame of 1000 a second."""
-    for frame in frames:
-        yield frame
-        if frame.time >= moment_s - 0.0005:
-            return
 
 
 def _clips(source: str) -> Iterator[tuple[float, Any, int]]:
