@@ -8,19 +8,20 @@ The connection is the session: for real-time chunking it is enough to say how mu
 executed.
 """
 
-import contextlib
+import asyncio
 import json
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
-from websockets.sync.client import ClientConnection, connect
 
 from .features import CAMERA_PREFIX
 from .wire import MSGPACK, RefusedError, array, decoded, encoded
@@ -58,8 +59,8 @@ class RobotClient:
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeout_s, self._jpeg_quality = timeout_s, jpeg_quality
         self._tls = ssl.create_default_context(cafile=ca_file) if scheme == "https" else None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._socket: ClientConnection | None = None
-        self._connection = contextlib.ExitStack()
         self._session_has_chunk = False
         self._chunk: NDArray[Any] | None = None
         self.answer: dict[str, Any] = {}
@@ -73,8 +74,26 @@ class RobotClient:
 
     def close(self) -> None:
         """End the connection, and with it the session."""
-        self._connection.close()
-        self._socket, self._session_has_chunk = None, False
+        self._disconnect()
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
+
+    def _disconnect(self) -> None:
+        socket, self._socket, self._session_has_chunk = self._socket, None, False
+        if socket is not None:
+            self._awaited(socket.close())
+
+    def _awaited(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """What it returns or raises, in a thread that answers the server's pings between two requests, too.
+
+        One thread for all of a connection: where TLS is read in one and written in another (websockets.sync),
+        it may get stuck in reading, and nothing can end that.
+        """
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=_forever, args=(self._loop,), daemon=True, name="robot").start()
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def metadata(self) -> dict[str, Any]:
         """What the policy takes and gives: cameras, widths, names, chunk_size, fps.
@@ -129,7 +148,7 @@ class RobotClient:
             except ssl.SSLCertVerificationError as error:  # it will not become another one
                 raise ConnectionError(f"{self._url}: {error.verify_message}") from None
             except (OSError, ConnectionClosed, InvalidHandshake) as error:
-                self.close()
+                self._disconnect()
                 if time.monotonic() + RETRY_S > deadline:
                     reason = str(error) or type(error).__name__
                     raise ConnectionError(
@@ -150,9 +169,8 @@ class RobotClient:
         return {"left_over": left_over, **guidance} if len(left_over) else {}
 
     def _exchanged(self, message: Mapping[str, Any], deadline: float) -> dict[str, Any]:
-        socket = self._connected(deadline)
-        socket.send(encoded({name: value for name, value in message.items() if value is not None}, MSGPACK))
-        body = socket.recv(timeout=max(deadline - time.monotonic(), 0))
+        asked = encoded({name: value for name, value in message.items() if value is not None}, MSGPACK)
+        body = self._awaited(self._answer(asked, deadline))
         told = decoded(body if isinstance(body, bytes) else body.encode(), MSGPACK)
         if told["status"] == AWAY:
             raise ConnectionError(told["error"])
@@ -160,20 +178,24 @@ class RobotClient:
             raise _refused(told)
         return told
 
-    def _connected(self, deadline: float) -> ClientConnection:
+    async def _answer(self, asked: bytes, deadline: float) -> bytes | str:
+        socket = await self._connected(deadline)
+        async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
+            await socket.send(asked)
+            return await socket.recv()
+
+    async def _connected(self, deadline: float) -> ClientConnection:
         if self._socket is None:
-            left = max(deadline - time.monotonic(), RETRY_S)
             try:
-                connection = connect(
+                self._socket = await connect(
                     self._socket_url,
                     ssl=self._tls,
                     additional_headers=self._headers,
-                    open_timeout=left,
+                    open_timeout=max(deadline - time.monotonic(), RETRY_S),
                     close_timeout=1,
                     max_size=MOST_BYTES,
                     compression=None,  # images do not get smaller, and chunks are small
                 )
-                self._socket = self._connection.enter_context(connection)
             except InvalidStatus as error:
                 if error.response.status_code == AWAY:
                     raise
@@ -186,6 +208,14 @@ class RobotClient:
         if self._jpeg_quality is None or isinstance(value, bytes):
             return value
         return _jpeg(value, self._jpeg_quality)
+
+
+def _forever(loop: asyncio.AbstractEventLoop) -> None:
+    """Until somebody stops it."""
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
 def _is_image(value: Any) -> bool:

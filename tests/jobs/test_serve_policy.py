@@ -1,5 +1,6 @@
 """The job that serves a policy, as a user starts it, and robots that ask it: over HTTP and websocket."""
 
+import asyncio
 import base64
 import datetime
 import io
@@ -27,7 +28,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from exporters import exported_lines
 from PIL import Image
-from websockets.sync.client import connect
+from websockets.asyncio.client import connect
 
 from jobs import serve_policy
 from jobs.command_line import parsed
@@ -221,15 +222,22 @@ def test_the_websocket_answers_in_the_form_that_it_was_asked_in(served):
     expected, _ = served.expected(observed, 6)
     url = served.url.replace("http", "ws") + "/ws"
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    with connect(url, ssl=served.tls, additional_headers=headers) as connection:
-        for kind in (MSGPACK, JSON):
-            body = encoded({"observation": observed, "seed": 6}, kind)
-            connection.send(body if kind == MSGPACK else body.decode())
-            answer = connection.recv(60)
-            assert isinstance(answer, bytes if kind == MSGPACK else str)
-            told = decoded(answer if isinstance(answer, bytes) else answer.encode(), kind)
-            assert told["status"] == 200
-            close(array(told["actions"], field="actions"), expected)
+
+    async def ask():
+        async with (
+            asyncio.timeout(60),
+            connect(url, ssl=served.tls, additional_headers=headers) as connection,
+        ):
+            for kind in (MSGPACK, JSON):
+                body = encoded({"observation": observed, "seed": 6}, kind)
+                await connection.send(body if kind == MSGPACK else body.decode())
+                answer = await connection.recv()
+                assert isinstance(answer, bytes if kind == MSGPACK else str)
+                told = decoded(answer if isinstance(answer, bytes) else answer.encode(), kind)
+                assert told["status"] == 200
+                close(array(told["actions"], field="actions"), expected)
+
+    asyncio.run(ask())
 
 
 def test_robots_that_ask_together_share_passes_and_are_answered_as_alone(served):
@@ -292,7 +300,7 @@ def test_a_connection_that_breaks_is_made_again_and_the_chunk_goes_on(served):
     first, second = observation(4), observation(5)
     with served.robot() as robot:
         robot.act(first, seed=1)
-        robot._socket.socket.shutdown(socket.SHUT_RDWR)
+        robot._socket.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         actions = robot.act(second, seed=2, executed=4)
     _, before = served.expected(first, 1)
     expected, _ = served.expected(second, 2, prev_chunk_left_over=before[None, 4:])
@@ -463,6 +471,28 @@ def test_a_server_that_is_not_there_is_named():
             robot.metadata()
     with pytest.raises(ValueError, match="url 'machine:8000' is no http"):
         RobotClient("machine:8000")
+
+
+def test_a_server_that_falls_silent_after_tls_is_given_up_in_time(certificate):
+    """Its session tickets can be read, but no answer follows: who reads from them on waits for ever."""
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate / "tls.crt", certificate / "tls.key")
+    told = []
+
+    def act():
+        url = f"https://127.0.0.1:{listening.getsockname()[1]}"
+        try:
+            RobotClient(url, timeout_s=1, ca_file=certificate / "tls.crt").act(observation(0))
+        except ConnectionError as error:
+            told.append(str(error))
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        robot = threading.Thread(target=act, daemon=True)
+        robot.start()
+        with tls.wrap_socket(listening.accept()[0], server_side=True):
+            robot.join(20)
+            assert not robot.is_alive()
+    assert "gave no answer within 1 s" in told[0]
 
 
 def test_the_client_imports_neither_torch_nor_ray():
