@@ -8,7 +8,8 @@ within a round differ. Nothing else should run: the ratios of CPU seconds of all
 least when something does. The last line is one JSON object:
 
 The stream decodes in threads of the consumer, as train workers on one machine do by default; *_tasks are of
-the stream whose rows are decoded by tasks of Ray Data, as on a cluster with nodes that do not train.
+the stream whose rows are decoded by tasks of Ray Data, as on a cluster with nodes that do not train; not
+measured with --quick.
 
 per_core_efficiency     rows a CPU second of the stream (Ray's own processes and the consumer included) over
                         those of a bare loop that reads the same rows, decodes and shrinks, one on each core
@@ -52,9 +53,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import av
 import cv2
@@ -104,7 +105,7 @@ class Side(NamedTuple):
     ahead: int
     """Rows to be taken before each turn: those that lay ready, and others have filled up meanwhile."""
     turn: int = TURN_ROWS
-    processes: Callable[[], list[int]] | None = None
+    processes: Sequence[int | None] = ()
     """Those whose CPU time counts; without, this one and all that descend from it."""
 
 
@@ -137,7 +138,7 @@ def measure(folder: Path, *, quick: bool, source: str, only: list[str] | None) -
         "shuffle": shuffle_quality,
         "scaling": lambda: scaling(generated(folder), rows=768 if quick else 8192),
         "shards": lambda: many_shards(folder, shards=10_000),
-        "rates": lambda: rates(generated(folder), rounds=3 if quick else 25),
+        "rates": lambda: rates(generated(folder), rounds=3 if quick else 25, with_tasks=not quick),
         "video": lambda: video(source, folder, rounds=2 if quick else 12),
         "starvation": lambda: starvation(generated(folder), seconds=20 if quick else 90),
     }
@@ -274,31 +275,36 @@ def loader_rows(reader: SampleReader) -> Iterator[int]:
 
 
 class BareLoops:
-    """So many bare loops at once, each in a process of its own."""
+    """Bare loops in processes of their own, which work when they are asked."""
 
-    def __init__(self, path: Path, *, count: int) -> None:
+    def __init__(self, path: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self._ends, self._processes = [], []
-        for _ in range(count):
+        for _ in range(CORES):
             ours, theirs = context.Pipe()
             self._processes.append(context.Process(target=_loop, args=(path, theirs), daemon=True))
             self._ends.append(ours)
 
-    def rows(self) -> Iterator[int]:
+    def __enter__(self) -> Self:
         for process in self._processes:
             process.start()
-        try:
-            while True:
-                for end in self._ends:
-                    end.send(LOOP_ROWS)
-                yield sum(end.recv() for end in self._ends)
-        finally:
-            for process in self._processes:
-                process.terminate()
-                process.join()
+        return self
 
-    def pids(self) -> list[int]:
-        return [process.pid for process in self._processes if process.pid is not None]
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.terminate()
+            process.join()
+
+    def side(self, count: int) -> Side:
+        """So many of them at once."""
+        pids = [process.pid for process in self._processes[:count]]
+        return Side(lambda: self._rows(count), ahead=LOOP_ROWS, processes=pids)
+
+    def _rows(self, count: int) -> Iterator[int]:
+        while True:
+            for end in self._ends[:count]:
+                end.send(LOOP_ROWS)
+            yield sum(end.recv() for end in self._ends[:count])
 
 
 def _loop(path: Path, end: Any) -> None:
@@ -309,32 +315,26 @@ def _loop(path: Path, end: Any) -> None:
         end.send(skip(batches, rows=end.recv()))
 
 
-def rates(path: Path, *, rounds: int) -> dict[str, float]:
+def rates(path: Path, *, rounds: int, with_tasks: bool) -> dict[str, float]:
     reader = sample_reader(path)
-    loops = {"bare": BareLoops(path, count=CORES), "one_loop": BareLoops(path, count=1)}
-    bare = {name: Side(loop.rows, ahead=LOOP_ROWS, processes=loop.pids) for name, loop in loops.items()}
-    workers_sides = {
-        "stream": Side(lambda: stream_rows(reader), ahead=STREAM_AHEAD_ROWS, turn=STREAM_TURN_ROWS),
-        **bare,
-        "dataloader": Side(lambda: loader_rows(reader), ahead=LOADER_AHEAD_ROWS),
-    }
-    loop = BareLoops(path, count=CORES)
-    tasks_sides = {
-        "tasks": Side(
-            lambda: stream_rows(reader, decoding="tasks"), ahead=STREAM_AHEAD_ROWS, turn=STREAM_TURN_ROWS
-        ),
-        "bare": Side(loop.rows, ahead=LOOP_ROWS, processes=loop.pids),
-    }
-    with StoreWatch() as store:
-        workers = in_turns(workers_sides, rounds=rounds)
-        tasks = in_turns(tasks_sides, rounds=max(rounds * 3 // 5, 2))  # not the default, and slower
+    stream = functools.partial(Side, ahead=STREAM_AHEAD_ROWS, turn=STREAM_TURN_ROWS)
+    tasks = {}
+    with BareLoops(path) as loops, StoreWatch() as store:
+        bare = {"bare": loops.side(CORES)}
+        loader = Side(lambda: loader_rows(reader), ahead=LOADER_AHEAD_ROWS)
+        sides = {"stream": stream(lambda: stream_rows(reader)), **bare, "one_loop": loops.side(1)}
+        workers = in_turns(sides | {"dataloader": loader}, rounds=rounds)
+        if with_tasks:  # not the default, and slower
+            sides = {"tasks": stream(lambda: stream_rows(reader, decoding="tasks")), **bare}
+            tasks = in_turns(sides, rounds=rounds * 3 // 5)
     ratios = {
         **ratio("per_core_efficiency", workers["stream"], workers["bare"], "cpu"),
         **ratio("per_core_efficiency_one_loop", workers["stream"], workers["one_loop"], "cpu"),
-        **ratio("per_core_efficiency_tasks", tasks["tasks"], tasks["bare"], "cpu"),
         **ratio("vs_dataloader", workers["stream"], workers["dataloader"], "wall"),
         **ratio("vs_dataloader_cpu", workers["stream"], workers["dataloader"], "cpu"),
     }
+    if tasks:
+        ratios |= ratio("per_core_efficiency_tasks", tasks["tasks"], tasks["bare"], "cpu")
     return ratios | medians(tasks) | medians(workers) | store.found
 
 
@@ -359,15 +359,12 @@ def skip(batches: Iterator[int], *, rows: int) -> int:
     return seen
 
 
-def pace(
-    batches: Iterator[int], *, rows: int, processes: Callable[[], list[int]] | None = None
-) -> dict[str, float]:
+def pace(batches: Iterator[int], *, rows: int, processes: Sequence[int | None] = ()) -> dict[str, float]:
     """Rows a second and a CPU second, of all processes or of those."""
-    pids = processes() if processes else None
-    cpu, started = cpu_seconds(pids), time.perf_counter()
+    cpu, started = cpu_seconds(processes), time.perf_counter()
     seen = skip(batches, rows=rows)
     wall = time.perf_counter() - started
-    return {"wall": seen / wall, "cpu": seen / cpu_since(cpu, pids)}
+    return {"wall": seen / wall, "cpu": seen / cpu_since(cpu, processes)}
 
 
 def rate(batches: Iterator[int], *, rows: int, warm: int = WARM_ROWS) -> dict[str, float]:
@@ -394,7 +391,7 @@ def medians(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
     }
 
 
-def cpu_seconds(pids: list[int] | None = None) -> dict[int, float]:
+def cpu_seconds(pids: Sequence[int | None] = ()) -> dict[int, float]:
     """Process id -> CPU seconds; without ids, of this process and its descendants."""
     found = {}
     for pid in pids or [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]:
@@ -406,7 +403,7 @@ def cpu_seconds(pids: list[int] | None = None) -> dict[int, float]:
     return found
 
 
-def cpu_since(before: dict[int, float], pids: list[int] | None = None) -> float:
+def cpu_since(before: dict[int, float], pids: Sequence[int | None] = ()) -> float:
     """CPU seconds since then; a process that ended meanwhile takes its own with it."""
     return sum(seconds - before.get(pid, 0.0) for pid, seconds in cpu_seconds(pids).items())
 
