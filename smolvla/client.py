@@ -93,7 +93,12 @@ class RobotClient:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=_forever, args=(self._loop,), daemon=True, name="robot").start()
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C, too
+            future.cancel()
+            raise
 
     def metadata(self) -> dict[str, Any]:
         """What the policy takes and gives: cameras, widths, names, chunk_size, fps.
@@ -180,9 +185,14 @@ class RobotClient:
 
     async def _answer(self, asked: bytes, deadline: float) -> bytes | str:
         socket = await self._connected(deadline)
-        async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
-            await socket.send(asked)
-            return await socket.recv()
+        try:
+            async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
+                await socket.send(asked)
+                return await socket.recv()
+        except BaseException:  # a late answer must not be taken for the next one
+            self._socket, self._session_has_chunk = None, False
+            socket.transport.abort()
+            raise
 
     async def _connected(self, deadline: float) -> ClientConnection:
         if self._socket is None:
