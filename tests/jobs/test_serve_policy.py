@@ -513,8 +513,9 @@ def test_the_answer_to_a_request_that_was_interrupted_is_not_taken_for_the_next_
 
     def interrupt():
         if asked.wait(60):
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            signal.pthread_kill(main_thread, signal.SIGINT)
 
+    main_thread = threading.get_ident()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests may ignore it
     loop, port = asyncio.new_event_loop(), free_port()
     ended = loop.create_future()
