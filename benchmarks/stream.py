@@ -320,12 +320,16 @@ def rates(path: Path, *, rounds: int, with_tasks: bool) -> dict[str, float]:
     stream = functools.partial(Side, ahead=STREAM_AHEAD_ROWS, turn=STREAM_TURN_ROWS)
     tasks = {}
     with BareLoops(path) as loops, StoreWatch() as store:
-        bare = {"bare": loops.side(CORES)}
-        loader = Side(lambda: loader_rows(reader), ahead=LOADER_AHEAD_ROWS)
-        sides = {"stream": stream(lambda: stream_rows(reader)), **bare, "one_loop": loops.side(1)}
-        workers = in_turns(sides | {"dataloader": loader}, rounds=rounds)
+        sides = {
+            "stream": stream(lambda: stream_rows(reader)),
+            "bare": loops.side(CORES),
+            "one_loop": loops.side(1),
+            "dataloader": Side(lambda: loader_rows(reader), ahead=LOADER_AHEAD_ROWS),
+        }
+        workers = in_turns(sides, rounds=rounds)
         if with_tasks:  # not the default, and slower
-            sides = {"tasks": stream(lambda: stream_rows(reader, decoding="tasks")), **bare}
+            tasks_stream = stream(lambda: stream_rows(reader, decoding="tasks"))
+            sides = {"tasks": tasks_stream, "bare": loops.side(CORES)}
             tasks = in_turns(sides, rounds=rounds * 3 // 5)
     ratios = {
         **ratio("per_core_efficiency", workers["stream"], workers["bare"], "cpu"),

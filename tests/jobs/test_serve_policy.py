@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from exporters import exported_lines
 from PIL import Image
 from websockets.asyncio.client import connect
-from websockets.asyncio.server import serve
+from websockets.sync.server import serve
 
 from jobs import serve_policy
 from jobs.command_line import parsed
@@ -499,17 +499,13 @@ def test_a_server_that_falls_silent_after_tls_is_given_up_in_time(certificate):
 def test_the_answer_to_a_request_that_was_interrupted_is_not_taken_for_the_next_one():
     asked = threading.Event()
 
-    async def late(connection):
-        async for message in connection:
+    def late(connection):
+        for message in connection:
             number = float(array(decoded(message, MSGPACK)["observation"][STATE], field=STATE)[0])
             asked.set()
-            await asyncio.sleep(1 if number == 1 else 0)
+            time.sleep(1 if number == 1 else 0)
             told = {"status": 200, "actions": np.full((2, 7), number, np.float32)}
-            await connection.send(encoded(told, MSGPACK))
-
-    async def serving():
-        async with serve(late, "127.0.0.1", port):
-            await ended
+            connection.send(encoded(told, MSGPACK))
 
     def interrupt():
         if asked.wait(60):
@@ -517,21 +513,17 @@ def test_the_answer_to_a_request_that_was_interrupted_is_not_taken_for_the_next_
 
     main_thread = threading.get_ident()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests may ignore it
-    loop, port = asyncio.new_event_loop(), free_port()
-    ended = loop.create_future()
-    server = threading.Thread(target=loop.run_until_complete, args=(serving(),))
-    server.start()
     try:
-        with RobotClient(f"http://127.0.0.1:{port}", timeout_s=30) as robot:
-            threading.Thread(target=interrupt).start()
-            with pytest.raises(KeyboardInterrupt):
-                robot.act({STATE: [1.0]})
-            assert robot.act({STATE: [2.0]}).tolist() == [[2.0] * 7] * 2
+        with serve(late, "127.0.0.1", 0) as server:
+            threading.Thread(target=server.serve_forever).start()
+            url = f"http://127.0.0.1:{server.socket.getsockname()[1]}"
+            with RobotClient(url, timeout_s=30) as robot:
+                threading.Thread(target=interrupt).start()
+                with pytest.raises(KeyboardInterrupt):
+                    robot.act({STATE: [1.0]})
+                assert robot.act({STATE: [2.0]}).tolist() == [[2.0] * 7] * 2
     finally:
         signal.signal(signal.SIGINT, before)
-        loop.call_soon_threadsafe(ended.set_result, None)
-        server.join(30)
-    loop.close()
 
 
 def test_the_client_imports_neither_torch_nor_ray():
