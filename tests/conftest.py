@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a process that dies in native code says where
 # Most of a small run is the start of its processes: Ray keeps idle ones for the next run, and asks the
 # workers more often than every 2 s what they have to say.
 os.environ.setdefault("RAY_num_workers_soft_limit", "16")

@@ -90,14 +90,14 @@ class Jobs:
         command = f"python jobs/train_smolvla.py {self.flags(name, dataset, **changes)}"
         return self.client.submit_job(entrypoint=command, runtime_env=environment)
 
-    def scrape(self):
-        """Ask every node's exporter once, found as Prometheus finds them."""
+    def scrape(self, run):
+        """Ask every node's exporter once for a run's metrics, found as Prometheus finds them."""
         for name, tags, value in re.findall(
             r"^ray_(smolvla_\w+)\{(.*)\} (\S+)$", "\n".join(exported_lines()), re.MULTILINE
         ):
             tag = dict(re.findall(r'(\w+)="([^"]*)"', tags))
-            if "run" in tag:  # a server of another test may have exported its own just before
-                self.scraped[name, tag["run"], tag["rank"]].add(float(value))
+            if tag.get("run") == run:  # what another test exported may still be there
+                self.scraped[name, run, tag["rank"]].add(float(value))
 
     def wait(self, job, timeout_s=500, meanwhile=lambda: None):
         deadline = time.monotonic() + timeout_s
@@ -174,7 +174,7 @@ def smaller_policy(folder):
 def uninterrupted(jobs, episodes):
     often = {REPORT_INTERVAL: "500"}  # the run may end before what it exported every 4 s was asked for
     job = jobs.submit("uninterrupted", episodes, often, record_rows="true")
-    status = jobs.wait(job, meanwhile=jobs.scrape)
+    status = jobs.wait(job, meanwhile=lambda: jobs.scrape("uninterrupted"))
     logs = jobs.client.get_job_logs(job)
     assert status == JobStatus.SUCCEEDED, logs[-4000:]
     return logs
