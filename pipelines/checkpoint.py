@@ -168,7 +168,10 @@ def _gathered(tensors: Mapping[str, Tensor], *, changing: Collection[str], keep:
     """
     found = {}
     for name, value in tensors.items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        whole, mine = value, value
+        if isinstance(value, DTensor):  # of one worker the whole is its own part
+            whole, mine = value.full_tensor(), value.to_local()
         if keep:
-            found[name] = whole.detach().to("cpu", copy=name in changing and whole is value)
+            is_mine = whole.data_ptr() == mine.data_ptr()
+            found[name] = whole.detach().to("cpu", copy=name in changing and is_mine)
     return found

@@ -5,6 +5,7 @@ it keeps all, and the run deletes by itself, right after a checkpoint is sealed:
 and what interrupted saves left behind.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pipelines.manifest import MANIFEST
 from pipelines.progress import TRAINING
 
 BEST = "best.json"
+LOG = logging.getLogger(__name__)
 
 
 class Store(Protocol):
@@ -63,8 +65,12 @@ def retain(store: Store, keep: Retention, *, newest: str) -> dict[str, Any] | No
     steps: dict[str, int] = {}
     for name in found:
         if store.has(f"{name}/{MANIFEST}"):
-            trainer = store.read_json(f"{name}/{TRAINING}/trainer.json")
-            value, steps[name] = trainer.get("val_loss"), trainer["step"]
+            try:
+                trainer = store.read_json(f"{name}/{TRAINING}/trainer.json")
+                value, steps[name] = trainer.get("val_loss"), trainer["step"]
+            except (OSError, ValueError, KeyError) as error:  # an old one must not end the run
+                LOG.warning("checkpoint %s is damaged: %r", name, error)
+                continue
             losses[name] = math.inf if value is None or math.isnan(value) else value
     best = [name for name in ranked(losses) if losses[name] < math.inf]
     record = None

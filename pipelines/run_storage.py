@@ -72,7 +72,11 @@ class RunStorage:
     def problem(self, name: str) -> str | None:
         """Why a sealed folder is not good, or None if it is, and lies on this node."""
         try:
-            return manifest.problem(self.fetched(name))
+            reason = manifest.problem(self.fetched(name))
+            if reason and self.uri:  # of what was fetched earlier; what is fetched now is verified
+                shutil.rmtree(self.folder / name)
+                reason = manifest.problem(self.fetched(name))
+            return reason
         except DamagedError as error:
             return str(error)
 
@@ -94,7 +98,8 @@ class RunStorage:
             sealed = self.read(f"{name}/{MANIFEST}")
         except FileNotFoundError:
             raise DamagedError(f"no {MANIFEST}: it was not finished") from None
-        if (target / MANIFEST).exists() and (target / MANIFEST).read_bytes() == sealed:
+        fetched_before = (target / MANIFEST).exists() and (target / MANIFEST).read_bytes() == sealed
+        if fetched_before and manifest.problem(target, read_files=False) is None:
             return target
         older = self.folder.glob(f"{STEPS}*") if name.startswith(STEPS) else ()
         for left in (*older, partial, target):

@@ -1,5 +1,6 @@
 """The checkpoints of a running loop: begun by it, finished behind it, one at a time, their cost measured."""
 
+import logging
 import threading
 import time
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import ray.train
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
+from torch.distributed.checkpoint import CheckpointException
 
 from pipelines import checkpoint
 from pipelines.engine import Engine
@@ -14,7 +16,10 @@ from pipelines.progress import Progress, folder_name
 from pipelines.retention import retain
 from pipelines.run import Run
 from pipelines.run_storage import START
-from pipelines.watch import SAVING, Watch
+from pipelines.watch import SAVING, CollectiveError, Watch
+
+LOG = logging.getLogger(__name__)
+ENDS_WITHIN_S = 3600.0  # a save, however large and far away; one that hangs must not hold the run for ever
 
 
 class Saver:
@@ -33,10 +38,17 @@ class Saver:
 
         The loop stands still for a copy of the weights, and for the rest of the save before, if that is not
         finished yet: two at once would need twice the memory.
+
+        Raises:
+            CollectiveError: the save before has not ended within an hour.
         """
         started = time.perf_counter()
         self._watch.now(at.step, SAVING)
-        self._idle.wait()
+        if not self._idle.wait(ENDS_WITHIN_S):
+            raise CollectiveError(
+                f"rank {self._rank}: the save before that of step {at.step} has not ended for "
+                f"{ENDS_WITHIN_S:.0f} s: {self._run.storage} does not answer"
+            )
         self._idle.clear()
         run, name = self._run, folder_name(at.step)
         finish = checkpoint.save(
@@ -54,11 +66,17 @@ class Saver:
             try:
                 if self._rank == 0:
                     run.writer.flush()  # the points of these steps will not be computed again
-                finish()
+                with self._watch.naming_the_missing():
+                    finish()
                 if self._rank == 0:
                     self._watch.note_saved(at.step)
                     _retain(run, newest=name)
                 self._measured["checkpoint/seconds"] = time.perf_counter() - started
+            except CollectiveError:
+                raise
+            except (Exception, CheckpointException) as error:  # torch's is no Exception: Ray would not see it
+                LOG.exception("rank %d", self._rank)
+                raise SaveError(run.storage.address(name), error) from None
             finally:
                 self._idle.set()
             return reported
@@ -82,6 +100,23 @@ class Saver:
         """What saving cost since the last call."""
         taken, self._measured = self._measured, {}
         return taken
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written.
+
+    Ray Train would call again, on this worker alone, after some errors of object stores, which it knows by
+    their text: the other workers would wait for it elsewhere, so their text is another one here.
+    """
+
+    def __init__(self, address: str, error: BaseException) -> None:
+        if isinstance(error, CheckpointException):  # of all ranks that failed, the first
+            error, _ = next(iter(error.failures.values()))
+        reason = f"{type(error).__name__}: {error}".replace("AWS Error", "S3 error")
+        super().__init__(f"{address} could not be saved: {reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Exception, self.args  # Ray sends it to the driver, which needs its text only
 
 
 def _retain(run: Run, *, newest: str) -> None:

@@ -124,6 +124,13 @@ def one_process() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def gloo_group() -> dist.ProcessGroup:
+    """Of all ranks, for nothing else."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def micro_batches_alone(reader, count):
     """(m, columns) of the first micro-batches, read and decoded in this process."""
     to_torch, per_group = ToTorch(), reader.plan.batches_per_group

@@ -16,11 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from moto.server import ThreadedMotoServer
+from ray._common.retry import format_exception, matches_error
+from ray.train.v2._internal.constants import AWS_RETRYABLE_TOKENS
+from runs import gloo_group
 from safetensors.torch import load_file
 
 from pipelines import checkpoint
 from pipelines.progress import Progress, progress
 from pipelines.run_storage import PRETRAINED, RunStorage
+from pipelines.saver import SaveError
 from smolvla.configuration import SmolVLAConfig
 from smolvla.modeling import SmolVLAPolicy
 from smolvla.optimization import adamw
@@ -55,17 +59,11 @@ def set_to(policy, optimizer, value):
                 optimizer.state[parameter]["step"].fill_(value)
 
 
-def saver_group():
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)
-    return group
-
-
 def saving_rank(rank, folder, store, first, begun):
     """One of two ranks that save step after step until they are killed."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    group = saver_group()
+    group = gloo_group()
     policy, optimizer = trained(0)
     dist.barrier()
     begun.send(os.getpid())
@@ -179,7 +177,7 @@ def two_checkpoints(tmp_path_factory):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for step in (10, 20):
         at = Progress(step=step, samples_seen=8 * step)
-        checkpoint.save(RunStorage(folder=folder), *trained(step), at=at, identity={}, group=saver_group())()
+        checkpoint.save(RunStorage(folder=folder), *trained(step), at=at, identity={}, group=gloo_group())()
     dist.destroy_process_group()
     return folder
 
@@ -194,6 +192,10 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def misspell(path):
+    path.write_text(path.read_text().replace('"bytes"', '"bxtes"', 1))
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "reason"),
     [
@@ -202,6 +204,7 @@ def cut(path):
         ("training_state/trainer.json", Path.unlink, "training_state/trainer.json is missing"),
         ("MANIFEST.json", cut, "MANIFEST.json cannot be read: JSONDecodeError"),
         ("MANIFEST.json", Path.unlink, "no MANIFEST.json: it was not finished"),
+        ("MANIFEST.json", misspell, "not bytes and sha256"),
     ],
 )
 def test_a_damaged_checkpoint_is_skipped_with_a_message_and_the_one_before_it_is_used(
@@ -214,6 +217,16 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message_and_the_one_before_it_is
     (message,) = told(caplog)
     assert message.startswith(f"checkpoint {folder}/step_000000020 is skipped: ")
     assert reason in message
+
+
+def test_ray_does_not_save_again_on_one_worker_alone():
+    """After these errors it would, and the others would wait for that one in another place."""
+    for token in AWS_RETRYABLE_TOKENS:
+        error = OSError(f"When completing multiple part upload: {token} during UploadPart: try later")
+        assert any(matches_error(pattern, format_exception(error)) for pattern in AWS_RETRYABLE_TOKENS)
+        failed = SaveError("s3://runs/first/step_000000010", error)
+        assert not any(matches_error(pattern, format_exception(failed)) for pattern in AWS_RETRYABLE_TOKENS)
+        assert "during UploadPart: try later" in str(failed)
 
 
 @pytest.fixture
@@ -236,7 +249,7 @@ def stored(tmp_path, monkeypatch):
 def test_a_checkpoint_in_an_object_store_is_verified_on_its_way_back_and_a_damaged_one_skipped(
     stored, one_rank, tmp_path, caplog
 ):
-    group, (policy, optimizer) = saver_group(), trained(0)
+    group, (policy, optimizer) = gloo_group(), trained(0)
     for step in (10, 20, 20):  # the second time what is there is replaced
         set_to(policy, optimizer, step)
         at = Progress(step=step, samples_seen=8 * step)
@@ -246,6 +259,15 @@ def test_a_checkpoint_in_an_object_store_is_verified_on_its_way_back_and_a_damag
     newest = stored.newest()
     assert newest == stored.folder / "step_000000020"
     assert_exact(newest, 20, policy, optimizer)
+    assert not told(caplog)
+
+    # What a node fetched may be damaged there: the store's is still good.
+    for damage in (Path.unlink, flip):
+        damage(newest / "pretrained_model/model.safetensors")
+        assert stored.newest() == newest
+        assert_exact(newest, 20, policy, optimizer)
+    (newest / "training_state/trainer.json").unlink()
+    assert (stored.fetched(newest.name) / "training_state/trainer.json").exists()
     assert not told(caplog)
 
     name = "step_000000020/training_state/trainer.json"

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from runs import gloo_group, one_process
 from safetensors.torch import load_file
 from test_engine import TRAIN
+from torch.distributed.tensor import DTensor
 from toys import golden_rows, spawned
 
 from pipelines import checkpoint
 from pipelines.engine import Engine
 from pipelines.progress import Progress, folder_name
-from pipelines.run_storage import RunStorage
+from pipelines.run_storage import PRETRAINED, RunStorage
 from smolvla import SmolVLAPolicy
 from smolvla.lora import LoRA
 
@@ -55,7 +57,7 @@ def saved(engine, folder, step, group):
 
 def runs(folder):
     """Losses of the second half, and the checkpoint at its end, without and with a stop in the middle."""
-    group = dist.new_group(backend="gloo")
+    group = gloo_group()
     found = {}
     for kind in KINDS:
         for parallel in ("ddp", "fsdp"):
@@ -107,6 +109,57 @@ def test_a_run_that_stopped_ends_where_the_other_does(two_workers, kind, first, 
         assert found.keys() == expected.keys()
         for tensor in expected:
             torch.testing.assert_close(found[tensor], expected[tensor], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("first", "second"), [("ddp", "fsdp"), ("fsdp", "ddp")])
+def test_one_worker_goes_on_with_what_two_saved(two_workers, kind, first, second, tmp_path):
+    folder, losses = two_workers
+    with one_process():
+        engine, rows = engine_of(kind, second)
+        middle = folder / f"{kind}_{first}" / folder_name(SAVED)
+        at = checkpoint.load(middle, engine.policy, engine.optimizer, engine.average)
+        found = steps(engine, range(at.step + 1, STEPS + 1), rows)
+        saved(engine, tmp_path, STEPS, gloo_group())
+    assert found == pytest.approx(losses[f"{kind}_{second}"], rel=1e-5)
+    for name in ("pretrained_model", "pretrained_model_ema"):
+        file = f"{LAST}/{name}/model.safetensors"
+        expected = load_file(folder / f"{kind}_{second}" / file)
+        for tensor, value in load_file(tmp_path / file).items():
+            torch.testing.assert_close(value, expected[tensor], rtol=1e-5, atol=1e-5)
+
+
+def test_a_worker_that_shards_alone_saves_the_values_of_the_moment(tmp_path):
+    """Its part of the policy is the whole, and training goes on while the files are written."""
+    with one_process():
+        engine, rows = engine_of("averaged", "fsdp")
+        steps(engine, [1], rows)
+        assert engine.average is not None
+        expected = {
+            PRETRAINED: engine.policy.state_dict(),
+            f"{PRETRAINED}_ema": engine.policy.state_dict() | dict(engine.average.weights),
+        }
+        expected = {kind: whole_copies(tensors) for kind, tensors in expected.items()}
+        at = Progress(step=1, samples_seen=TRAIN.batch_size)
+        finish = checkpoint.save(
+            RunStorage(folder=tmp_path),
+            engine.policy,
+            engine.optimizer,
+            at=at,
+            identity={},
+            group=gloo_group(),
+            average=engine.average,
+        )
+        steps(engine, [2], rows)
+        finish()
+    for kind, tensors in expected.items():
+        exported = load_file(tmp_path / folder_name(1) / kind / "model.safetensors")
+        assert exported.keys() == tensors.keys()
+        assert [name for name in tensors if not torch.equal(exported[name], tensors[name])] == []
+
+
+def whole_copies(tensors):
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
 
 
 def test_both_exports_load_and_differ_in_what_trains_only(two_workers):
