@@ -27,15 +27,15 @@ from pipelines.sources.mapping import unknown_name
 
 Job = TypeVar("Job")
 
-REFUSED = 2  # exit code
+REFUSED, FAILED = 2, 1  # exit codes
 SECRET_OPTION = re.compile(r"(?i)key|secret|token|password|signature|credential")
 """Of a URI's options."""
 
 
-def fail(error: object) -> NoReturn:
+def fail(error: object, *, code: int = REFUSED) -> NoReturn:
     """End the job with one line."""
     print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(REFUSED)
+    raise SystemExit(code)
 
 
 @contextlib.contextmanager

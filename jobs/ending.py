@@ -130,26 +130,38 @@ class _Saving:
         self._run, self._board = run, board
 
     def __call__(self, workers_ended: threading.Event) -> None:
+        # The wish is sent before anything else is waited for: `ray job stop` kills after 3 s by default, and
+        # MLflow may not answer at all.
+        before, wanted = self._wished()
         with contextlib.suppress(MlflowException):
-            self._run.finish("KILLED")  # first of all: `ray job stop` kills after 3 s by default
+            self._run.finish("KILLED")
         print("told to stop: saving first", flush=True)
-        before, step = self._saved_step(workers_ended)
+        step = self._saved(wanted, workers_ended)
         if step > before:
             print(f"stopped, saved at step {step}; the same command continues the run", flush=True)
         else:
             print(f"stopped, not saved: the workers had ended; the last saved step is {step}", flush=True)
         time.sleep(LAST_POINTS_S)
 
-    def _saved_step(self, workers_ended: threading.Event) -> tuple[int, int]:
-        """Have the run saved; returns the last saved step before the wish and after it."""
-        before = self._last_saved()
-        with contextlib.suppress(ray.exceptions.RayError):
-            self._board.want.remote(Wish.SAVE_AND_STOP)
-            while not workers_ended.wait(LOOK_EVERY_S):
-                if (step := self._last_saved()) > before:
-                    return before, step
-        return before, self._last_saved()
+    def _wished(self) -> tuple[int, int]:
+        """Have the run saved; returns the last step that was saved, and the first that will do.
 
-    def _last_saved(self) -> int:
-        found: Any = ray.get(self._board.saved_step.remote())
-        return int(found)
+        A save that is under way is of an earlier step, and what was trained since would be lost with it.
+        """
+        self._told("want", Wish.SAVE_AND_STOP, otherwise=None)
+        saved, beats = self._told("saved_step", otherwise=0), self._told("beats", otherwise=[])
+        return saved, max([saved + 1, *(beat.step for beat in beats)])
+
+    def _saved(self, wanted: int, workers_ended: threading.Event) -> int:
+        """The last step that was saved, when that is the wanted one or nobody can save any more."""
+        while not workers_ended.wait(LOOK_EVERY_S):
+            if (step := self._told("saved_step", otherwise=wanted)) >= wanted:
+                return step
+        return self._told("saved_step", otherwise=0)
+
+    def _told(self, method: str, *arguments: Any, otherwise: Any) -> Any:
+        """What the board says; where Ray has ended, nobody answers."""
+        try:
+            return ray.get(getattr(self._board, method).remote(*arguments))
+        except ray.exceptions.RayError:
+            return otherwise

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import ray
 import torch
 import yaml
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import (
     command_line,
@@ -45,9 +46,10 @@ from jobs.tracking import TrackingOptions
 from jobs.training_data import DatasetOptions, TrainingData, readable, readable_vlm
 from pipelines import training
 from pipelines.augmentation import AugmentationConfig
-from pipelines.board import start_board
+from pipelines.board import GivenUpError, start_board
 from pipelines.files import joined
 from pipelines.manifest import MANIFEST
+from pipelines.mixing import Mixing, mixing
 from pipelines.output import exclusive
 from pipelines.progress import position
 from pipelines.retention import Retention
@@ -297,6 +299,7 @@ class Prepared:
     train: TrainConfig
     storage: RunStorage
     identity: dict[str, Any]
+    mixing: Mixing
 
     @property
     def folder(self) -> Path:
@@ -365,7 +368,7 @@ def prepare(job: TrainJob) -> Prepared:
     }
     as_saved = json.loads(json.dumps(identity))
     _check_same_run(storage, as_saved, before)
-    return Prepared(data, policy_config, features, reader, measured, train, storage, as_saved)
+    return Prepared(data, policy_config, features, reader, measured, train, storage, as_saved, mixing(reader))
 
 
 def _check_given(job: TrainJob) -> None:
@@ -471,10 +474,13 @@ def write_start(prepared: Prepared, job: TrainJob) -> None:
     """Put the policy of step 0 into the run's folder, where every worker and every restart finds it."""
     storage = prepared.storage
     start, partial = storage.folder / START, storage.folder / f"{START}.partial"
-    if storage.has(f"{START}/config.json") and (not storage.uri or storage.has(f"{START}/{MANIFEST}")):
+    # Without a record no run has begun: what lies there is of a job that was refused after it was written.
+    whole = storage.has(f"{START}/config.json") and (not storage.uri or storage.has(f"{START}/{MANIFEST}"))
+    if storage.has(RECORD) and whole:
         return
     from smolvla.modeling import SmolVLAPolicy  # takes seconds, which no refused or continued job must wait
 
+    storage.delete(START)
     shutil.rmtree(start, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
     torch.manual_seed(job.seed)
@@ -506,7 +512,56 @@ def check_cluster(job: TrainJob) -> None:
             f"num_workers {job.num_workers} with use_gpu {job.use_gpu}{besides and ' and tower_gpus'} need "
             f"{need['GPU']:g} GPUs, the cluster has {have.get('GPU', 0)} GPUs"
         )
+    places = [_places(node["Resources"], job) for node in nodes()]
+    if sum(places) < job.workers[0]:
+        raise ValueError(
+            f"num_workers {job.num_workers} with cpus_per_worker {job.cpus_per_worker} and use_gpu "
+            f"{job.use_gpu}: a worker is on one node, and the cluster's nodes have room for {sum(places)}"
+        )
     evaluated_beside.check_cluster(job.eval)
+
+
+def nodes() -> list[dict[str, Any]]:
+    """Ray's nodes that compute."""
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+
+
+def _places(resources: dict[str, float], job: TrainJob) -> int:
+    """For workers, on a node with these resources."""
+    places = int(resources["CPU"] / job.cpus_per_worker)
+    return min(places, int(resources.get("GPU", 0))) if job.use_gpu else places
+
+
+def check_visible(job: TrainJob, prepared: Prepared) -> None:
+    """Refuse folders that only some nodes see: workers and data tasks run on any of them.
+
+    Raises:
+        ValueError: names the flag, the folder and the node.
+    """
+    datasets = {f"{entry.flag}.path": entry.path for entry in prepared.data.entries}
+    datasets |= {"validation.path": job.validation.path} if job.validation.path else {}
+    files = {
+        f"{Path(path).expanduser().resolve()}/meta/info.json": flag
+        for flag, path in datasets.items()
+        if "://" not in path
+    }
+    if not prepared.storage.uri:
+        files[f"{prepared.folder}/{START}/config.json"] = "storage_path"
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in nodes() if node["NodeID"] != here] if files else []
+
+    def missing() -> list[str]:
+        return [path for path in files if not Path(path).exists()]
+
+    look = ray.remote(missing).options
+    on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in others]
+    answers = ray.get([look(num_cpus=0, scheduling_strategy=strategy).remote() for strategy in on])
+    for node, paths in zip(others, answers, strict=True):
+        for path in paths:
+            raise ValueError(
+                f"{files[path]}: node {node['NodeManagerAddress']} has no {path}; every node must see this "
+                "folder, or take an object store (s3://...)"
+            )
 
 
 def needs(job: TrainJob, *, num_workers: int) -> dict[str, float]:
@@ -532,6 +587,7 @@ def tracked(job: TrainJob, prepared: Prepared, *, step: int) -> tracking.Tracked
         | {"run_folder": str(storage)}
     )
     tags["features_fingerprint"] = prepared.features.identity() or "none"
+    tags["mixing"] = str(prepared.mixing)
     if storage.has(RECORD):
         known = storage.read_json(RECORD)
         tags["resumed_from_step"] = str(step)
@@ -606,7 +662,8 @@ def show_progress(writer: RunWriter, job: TrainJob, done: threading.Event) -> No
 def train(job: TrainJob, prepared: Prepared) -> dict[str, Any]:
     """Run the training; returns the figures of the report line."""
     at = position(prepared.storage)
-    run = tracked(job, prepared, step=at.step)
+    with command_line.refusals():
+        run = tracked(job, prepared, step=at.step)
     print(f"MLflow run: {run.link}", flush=True)
     started = time.monotonic()
     board = start_board()
@@ -713,9 +770,9 @@ def decoded_by_workers(job: TrainJob) -> bool:
         return job.dataset.decoding == "workers"
     if job.dataset.features == "stream" or job.augmentation.is_on:
         return False
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    training = sum(node.get("GPU", 0) > 0 for node in nodes) if job.use_gpu else job.workers[1]
-    return training >= len(nodes)
+    found = [node["Resources"] for node in nodes()]
+    training = sum(node.get("GPU", 0) > 0 for node in found) if job.use_gpu else job.workers[1]
+    return training >= len(found)
 
 
 def tower(job: TrainJob, prepared: Prepared) -> StreamedTower | None:
@@ -740,13 +797,19 @@ def main(job: TrainJob) -> None:
         prepared = prepare(job)
         tracking.check_reachable(job.tracking.uri)
     print(prepared.features, flush=True)
+    print(prepared.mixing, flush=True)
     with only_driver(prepared.storage):
         with command_line.refusals():
             write_start(prepared, job)
         command_line.start_ray()
         with command_line.refusals():
             check_cluster(job)
-        print(json.dumps(train(job, prepared)), flush=True)
+            check_visible(job, prepared)
+        try:
+            figures = train(job, prepared)
+        except GivenUpError as error:
+            command_line.fail(error, code=command_line.FAILED)
+        print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

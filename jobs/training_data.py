@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.dataset import EpisodeDataset, open_dataset
+from pipelines.dataset import EpisodeDataset, data_sizes, open_dataset
 from pipelines.features import StoredFeatures
 from pipelines.samples import Source
 from pipelines.sources.mapping import unknown_name
@@ -203,6 +203,8 @@ def opened(options: DatasetOptions, *, rename: Mapping[str, str]) -> TrainingDat
     """
     found = entries(options, rename=rename)
     datasets = [open_dataset(readable(entry.path, flag=f"{entry.flag}.path")) for entry in found]
+    for dataset in datasets:
+        data_sizes(dataset)  # all files are there
     check_widths(datasets)
     fps = _policy_fps(options, datasets)
     names = [entry.name for entry in found]

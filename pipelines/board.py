@@ -1,6 +1,7 @@
-"""What every worker said it is doing, and the wish to save; an actor on the driver's node keeps both.
+"""What every worker said it is doing, the wish to save, why a run was given up: an actor keeps it.
 
-Without torch: it must be there before the workers are, and its import takes seconds.
+It is on the driver's node. Without torch: it must be there before the workers are, and its import takes
+seconds.
 """
 
 import time
@@ -42,16 +43,21 @@ class Beat:
         return f"rank {self.rank} (node {self.node}, pid {self.pid}): {silent}last known: {doing}"
 
 
+class GivenUpError(Exception):
+    """The run cannot go on, and would come to the same end if its workers started again."""
+
+
 class Board:
-    """The actor: the last beat of each worker, the wish, the last step that was saved."""
+    """The actor: each worker's last beat, the wish, the last step that was saved, why the workers gave up."""
 
     def __init__(self) -> None:
         self._beats: dict[int, tuple[float, Beat]] = {}
         self._wish, self._saved_step = Wish.NONE, 0
+        self._given_up: str | None = None
 
     def begin(self) -> None:
         """New workers are about to start, none of the old ones is left."""
-        self._beats = {}
+        self._beats, self._given_up = {}, None
 
     def beat(self, beat: Beat) -> Wish:
         self._beats[beat.rank] = time.monotonic(), beat
@@ -69,6 +75,13 @@ class Board:
 
     def saved_step(self) -> int:
         return self._saved_step
+
+    def give_up(self, reason: str) -> None:
+        self._given_up = reason
+
+    def given_up(self) -> str | None:
+        """Why the workers ended before the last step, if they gave up."""
+        return self._given_up
 
 
 def start_board() -> Any:

@@ -317,6 +317,24 @@ def _footer_row_groups(
     return RowGroups(*columns)
 
 
+def data_sizes(dataset: EpisodeDataset) -> list[int]:
+    """Bytes of each data file, from one listing, however many there are.
+
+    Raises:
+        ValueError: names the first file that is missing or empty.
+    """
+    filesystem, root = filesystem_of(dataset.uri)
+    folder = dataset.info["data_path"].partition("{")[0].rpartition("/")[0]
+    selector = pafs.FileSelector(f"{root}/{folder}".rstrip("/"), recursive=True, allow_not_found=True)
+    sizes = {entry.path: entry.size for entry in filesystem.get_file_info(selector) if entry.is_file}
+    found = [sizes.get(f"{root}/{name}") for name in dataset.files]
+    for name, size in zip(dataset.files, found, strict=True):
+        if not size:
+            state = "missing" if size is None else "empty"
+            raise ValueError(f"{dataset.uri}/{name}: the episode table names this file and it is {state}")
+    return [size or 0 for size in found]
+
+
 def file_digests(dataset: EpisodeDataset) -> list[str]:
     """For each data file what it holds, in short: whatever was computed from it is valid while this stays.
 

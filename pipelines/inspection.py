@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.dataset import EpisodeDataset, filesystem_of, open_dataset
+from pipelines.dataset import EpisodeDataset, data_sizes, filesystem_of, open_dataset
 from pipelines.files import exists, read_json
 from pipelines.sources import Feature
 
@@ -88,7 +88,7 @@ def inspect(uri: str) -> Inspection:
     """
     dataset = open_dataset(uri)
     filesystem, root = filesystem_of(uri)
-    num_bytes = _num_bytes(dataset, filesystem, root)
+    num_bytes = sum(data_sizes(dataset))
     table = _episode_table(dataset)
     folder = f"{root}/{dataset.info.get('metadata_path', 'meta')}"  # appending writes a new one
     report = f"{folder}/ingest.json"
@@ -155,14 +155,6 @@ def _episode_table(dataset: EpisodeDataset) -> pa.Table:
     table = pa.concat_tables(tables, promote_options="default").sort_by("episode_index")
     # an append that was interrupted leaves more than `info.json` counts
     return table.filter(pa.array(np.isin(table["episode_index"].to_numpy(), dataset.episode_index)))
-
-
-def _num_bytes(dataset: EpisodeDataset, filesystem: pafs.FileSystem, root: str) -> int:
-    entries = filesystem.get_file_info([f"{root}/{name}" for name in dataset.files])
-    for name, entry in zip(dataset.files, entries, strict=True):
-        if entry.type != pafs.FileType.File:
-            raise ValueError(f"{dataset.uri}/{name}: the episode table names this file and it is missing")
-    return sum(entry.size for entry in entries)
 
 
 def _task_counts(dataset: EpisodeDataset, table: pa.Table) -> tuple[TaskCount, ...]:

@@ -30,6 +30,8 @@ class Progress:
     """Position in the stream."""
     bad_rows: tuple[BadRow, ...] = ()
     """Rows met so far that could not be used."""
+    skipped_in_a_row: int = 0
+    """Steps up to this one that changed nothing."""
     val_loss: float | None = None
     """Of the held-out episodes, if this step was validated."""
     since_point: tuple[tuple[float, float, float], ...] = ()
@@ -50,6 +52,7 @@ def progress(folder: Path) -> Progress:
         step=trainer["step"],
         samples_seen=trainer["samples_seen"],
         bad_rows=rows,
+        skipped_in_a_row=trainer.get("skipped_in_a_row", 0),
         val_loss=trainer.get("val_loss"),
         since_point=since_point,
     )

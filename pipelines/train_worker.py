@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines import checkpoint
-from pipelines.board import Wish
+from pipelines.board import GivenUpError, Wish
 from pipelines.engine import Engine
 from pipelines.feed import Feed
 from pipelines.meter import Meter
@@ -43,6 +43,8 @@ def train(run: Run) -> None:
     try:
         with watch.naming_the_missing():
             _train(run, engine, feed, at, watch)
+    except GivenUpError as error:  # at the same step on all; an error would have Ray start them again
+        watch.give_up(str(error))
     finally:
         if rank == 0:
             run.writer.flush()  # if the run ends here, its last points say why
@@ -54,8 +56,12 @@ def _train(run: Run, engine: Engine, feed: Feed, at: Progress, watch: Watch) -> 
     saver = Saver(run, watch)
     decoding_cpus = functools.partial(_decoding_cpus, run, feed)
     meter = Meter(run, rank=dist.get_rank(), feed=feed, at=at, decoding_cpus=decoding_cpus)
-    validation = Validation.of(
-        run.validation, last_step=run.train.steps, folder=run.folder, show=run.writer.predictions
+    validation = run.validation and Validation(
+        run.validation,
+        last_step=run.train.steps,
+        folder=run.folder,
+        show=run.writer.predictions,
+        timeout_s=run.collective_timeout_s,
     )
     agreement = Agreement(timeout_s=run.collective_timeout_s)
     for step in range(at.step + 1, run.train.steps + 1):
@@ -95,6 +101,7 @@ def _progress(run: Run, step: int, meter: Meter, *, val_loss: float | None) -> P
         step=step,
         samples_seen=step * run.train.batch_size,
         bad_rows=tuple(sorted(meter.bad_rows)),
+        skipped_in_a_row=meter.skipped_in_a_row,
         val_loss=val_loss,
         since_point=since_point,
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import ray
 from ray.train import (
     CheckpointConfig,
     FailureConfig,
@@ -20,7 +21,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipelines.board import start_board
+from pipelines.board import GivenUpError, start_board
 from pipelines.run import Run
 from pipelines.samples import SampleReader
 from pipelines.stream import DealtToWorkers, StreamFromCheckpoint, execution_options
@@ -52,6 +53,7 @@ def fit(
 
     Raises:
         ray.train.TrainingFailedError: the workers failed more than `cluster.max_failures` times.
+        GivenUpError: too many rows cannot be used, or too many steps were skipped; nothing is tried again.
     """
     # Ray Train reads these from the driver's environment. A process that is stopped answers no poll: the
     # others name it when their wait is over, and soon after that Ray kills it. A placement group that was
@@ -97,7 +99,10 @@ def fit(
         datasets={"train": stream},
         dataset_config=DealtToWorkers(execution_options(decoding, num_workers=most_workers)),
     )
-    return trainer.fit()
+    result = trainer.fit()
+    if reason := ray.get(run.board.given_up.remote()):
+        raise GivenUpError(reason)
+    return result
 
 
 def train_worker(run: Run) -> None:

@@ -14,15 +14,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.fs as pafs
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.dataset import EpisodeDataset, Int64
+from pipelines.files import atomic_stream
 from pipelines.inspection import dimension_names, spread
 from pipelines.plan import (
     HELD_OUT,
@@ -169,20 +172,18 @@ class Validation:
         last_step: of the run, which always is measured.
         folder: of the run, for validation.jsonl.
         show: takes, on rank 0, what the policy would do on a few of the frames.
+        timeout_s: how long workers wait for each other's part.
     """
 
-    def __init__(self, held_out: HeldOut, *, last_step: int, folder: Path, show: Show) -> None:
+    def __init__(
+        self, held_out: HeldOut, *, last_step: int, folder: Path, show: Show, timeout_s: float
+    ) -> None:
         self._held_out, self._last_step, self._show = held_out, last_step, show
         self._frames = held_out.frames
         self._few = self._frames[np.array(spread(len(self._frames), at_most=PREDICTED_FRAMES))]
         self._rank, self._num_workers = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._path = folder / RESULTS
-
-    @classmethod
-    def of(cls, held_out: HeldOut | None, *, last_step: int, folder: Path, show: Show) -> Self | None:
-        """For a run that holds something out."""
-        return cls(held_out, last_step=last_step, folder=folder, show=show) if held_out else None
 
     def at(self, step: int, engine: "Engine") -> dict[str, float]:
         """The curves' values at a step, the same on every worker; empty at a step that is not measured.
@@ -205,10 +206,12 @@ class Validation:
 
     def _write(self, step: int, record: Mapping[str, Any]) -> None:
         """A step that is computed again after a crash has the same values: it stands there once."""
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        text = self._path.read_text() if self._path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a line that was cut off by a crash goes
         if all(json.loads(line)["step"] < step for line in lines[-1:]):
-            with self._path.open("a") as stream:
-                stream.write(json.dumps({"step": step, **record}) + "\n")
+            lines.append(json.dumps({"step": step, **record}))
+            with atomic_stream(pafs.LocalFileSystem(), str(self._path)) as stream:
+                stream.write("".join(f"{line}\n" for line in lines).encode())
 
     def _table(self, engine: "Engine") -> Tensor:
         """(frames, COLUMNS)."""

@@ -57,6 +57,10 @@ class Watch:
         """Tell whoever waits for it that the manifest of a step stands."""
         self._board.note_saved.remote(step)
 
+    def give_up(self, reason: str) -> None:
+        """Tell the driver why the run ends here; it knows when this returns."""
+        ray.get(self._board.give_up.remote(reason))
+
     def close(self) -> None:
         self._closed.set()
 

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ray.train import UserCallback
+from ray.train import UserCallback, get_context
 
 from pipelines.predictions import Predictions
 from pipelines.samples import Batch, SampleReader
@@ -158,6 +158,18 @@ class HeldUpReader(SampleReader):
             partial.rename(self.pid_file)
             time.sleep(600)
         return super().decoded(batch)
+
+
+@dataclass(frozen=True)
+class SlowReader(SampleReader):
+    """In the worker of rank 1 decoding a micro-batch takes long."""
+
+    pause_s: ClassVar[float] = 0.5
+
+    def with_images(self, batch: Batch, encoded: pa.Table) -> Batch:
+        if get_context().get_world_rank() == 1:
+            time.sleep(self.pause_s)
+        return super().with_images(batch, encoded)
 
 
 @dataclass(frozen=True)

@@ -84,14 +84,14 @@ class Machines:
         """Folders with all that was written into logs."""
         return [self.state / "log", *self.state.glob("*/ray/session_2*/logs")]
 
-    def submitted(self, command):
+    def submitted(self, command, *, succeeds=True):
         """Run a job as users do and return what its terminal showed."""
         words = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", "."]
         done = subprocess.run(
             [*words, "--", *command], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
         )
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-        return done.stdout
+        assert (done.returncode == 0) == succeeds, done.stdout[-4000:] + done.stderr[-2000:]
+        return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,28 @@ def reference(dataset, folder):
     prepared = train_smolvla.prepare(job)
     train_smolvla.write_start(prepared, job)
     return losses_alone(prepared.train, prepared.reader, prepared.folder / "start")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (  # of 6 CPUs in all
+            {"cpus_per_worker": 4, "storage_path": "s3://runs/all"},
+            r"num_workers 1 with cpus_per_worker 4\.0 and use_gpu False: a worker is on one node, and the "
+            r"cluster's nodes have room for 0\n",
+        ),
+        (
+            {"storage_path": "/mnt/runs"},
+            r"storage_path: node 10\.213\.77\.1[12] has no /mnt/runs/refused/start/config\.json; every node "
+            r"must see this folder, or take an object store \(s3://\.\.\.\)\n",
+        ),
+    ],
+)
+def test_what_no_node_can_hold_or_see_is_refused_before_a_worker_starts(machines, dataset, settings, said):
+    given = flags(dataset, run_name="refused", num_workers=1, work_path="/mnt/work", **settings)
+    shown = machines.submitted(["python", "jobs/train_smolvla.py", *given], succeeds=False)
+    assert re.search(r"train_smolvla\.py: " + said, shown), shown
+    assert "Traceback" not in shown
 
 
 def test_the_data_name_the_run_that_wrote_them_and_the_store_that_they_came_into(finished, machines):

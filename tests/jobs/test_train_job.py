@@ -517,12 +517,18 @@ def broken(episodes, tmp_path_factory):
 
 
 def test_an_image_cut_off_in_a_shard_fails_the_run_by_name(jobs, broken):
-    job = jobs.submit("broken", broken, num_workers=1, steps=40, log_every=10)
+    """And at once: however often workers may be started again, these rows stay as they are."""
+    job = jobs.submit("broken", broken, steps=40, log_every=10, max_failures=3)
     assert jobs.wait(job) == JobStatus.FAILED
     assert jobs.run_of("broken").info.status == "FAILED"
     logs = jobs.client.get_job_logs(job)
-    assert "1 rows have images that cannot be used, max_bad_rows allows 0; the first: " in logs
-    assert "episode 2 frame 5: ['observation.images.wrist']" in logs
+    said = "1 rows have images that cannot be used, max_bad_rows allows 0; the first: "
+    (line,) = (line for line in logs.splitlines() if line.startswith("train_smolvla.py: "))
+    assert line.startswith(f"train_smolvla.py: {said}"), line
+    assert "episode 2 frame 5: ['observation.images.wrist']" in line
+    assert logs.count(said) == 1
+    assert logs.count("Started training worker group") == 1
+    assert "Traceback" not in logs
 
 
 def test_a_checkpoint_is_fine_tuned_on_other_cameras_several_draws_a_sample_and_a_row_that_is_borne(

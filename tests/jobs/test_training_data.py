@@ -100,6 +100,16 @@ def test_a_dataset_that_is_not_there_is_refused_with_its_entry(two):
         training_data.opened(mixture(two[0], {"path": "/nowhere"}), rename={})
 
 
+@pytest.mark.parametrize(("damage", "state"), [(Path.unlink, "missing"), (Path.write_bytes, "empty")])
+def test_a_data_file_that_was_not_copied_is_named_before_anything_starts(two, tmp_path, damage, state):
+    copy = tmp_path / "copy"
+    shutil.copytree(two[1]["path"], copy)
+    file = next((copy / "data").rglob("*.parquet"))
+    damage(file, *([b""] if damage is Path.write_bytes else []))
+    with pytest.raises(ValueError, match=f"{file}: the episode table names this file and it is {state}"):
+        training_data.opened(mixture(two[0], {"path": str(copy)}), rename={})
+
+
 def test_state_and_action_widths_that_differ_are_refused_with_both_datasets(two, tmp_path):
     other = tmp_path / "wider"
     shutil.copytree(two[1]["path"], other)

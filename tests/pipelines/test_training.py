@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import ray
 import ray.data
+import ray.train
 import torch
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     get_or_create_autoscaling_coordinator,
@@ -24,6 +26,7 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 from runs import (
     CLUSTER,
     TRAIN,
+    gloo_group,
     losses,
     micro_batches_alone,
     new_run,
@@ -32,17 +35,17 @@ from runs import (
     recorded_rows,
     when,
 )
-from toys import LENGTHS, ExceptionWriter, HeldUpReader, PacedWriter
+from toys import LENGTHS, ExceptionWriter, FileWriter, HeldUpReader, PacedWriter, SlowReader
 from transformers import TrainingArguments
 from waiting import wait_until
 
 from pipelines import checkpoint, training
-from pipelines.board import start_board
+from pipelines.board import GivenUpError, start_board
 from pipelines.engine import Engine
 from pipelines.feed import Feed
 from pipelines.meter import Meter
 from pipelines.plan import noise_seed
-from pipelines.progress import Progress, folder_name, progress
+from pipelines.progress import BadRow, Progress, folder_name, progress
 from pipelines.retention import Retention
 from pipelines.run_storage import RunStorage
 from pipelines.stream import micro_batches
@@ -268,19 +271,100 @@ def test_a_loss_that_is_not_finite_again_and_again_ends_the_run_and_names_the_ro
     stream.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     feed = Feed(run, stream.iterator(), rank=0, num_workers=1, device=torch.device("cpu"))
     with one_process():
-        engine, at = Engine(policy, run.train), Progress(step=0, samples_seen=0)
-        meter = Meter(run, rank=0, feed=feed, at=at, decoding_cpus=lambda: 1.0)
+        engine = Engine(policy, run.train)
+
+        def meter_at(**position):
+            at = Progress(samples_seen=0, **position)
+            return Meter(run, rank=0, feed=feed, at=at, decoding_cpus=lambda: 1.0)
 
         def step(number):
             count, batches = feed.of_step(number)
             meter.step(number, engine.step(number, batches, count=count), log=False)
 
+        meter = meter_at(step=0)
         step(1)
-        with pytest.raises(FloatingPointError, match="2 steps in a row were skipped"):
+        assert meter.skipped_in_a_row == 1
+        with pytest.raises(GivenUpError, match="2 steps in a row were skipped, the last is step 2"):
             step(2)
+        # a run that goes on counts on
+        meter = meter_at(step=2, skipped_in_a_row=1)
+        with pytest.raises(GivenUpError, match="2 steps in a row were skipped, the last is step 3"):
+            step(3)
+        meter = meter_at(step=3, bad_rows=(BadRow(0, 2, 5, 0b10),))
+        said = r"1 rows have images that cannot be used, max_bad_rows allows 0; .* episode 2 frame 5: \['obs"
+        with pytest.raises(GivenUpError, match=said):
+            step(4)
     skipped = [json.loads(line) for line in (run.folder / "skipped/rank_0.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in skipped] == [1, 2]
+    assert [line["step"] for line in skipped] == [1, 2, 3, 4]
     assert len(skipped[0]["rows"][0]["frame_index"]) == TRAIN.micro_batch
+
+
+def test_where_a_run_stands_is_read_back_whole(toy, tmp_path):
+    """Rows that cannot be used count over all attempts, and so do skipped steps."""
+    at = Progress(
+        step=3,
+        samples_seen=24,
+        bad_rows=(BadRow(0, 2, 5, 0b10), BadRow(1, 0, 0, 0b01)),
+        skipped_in_a_row=2,
+        val_loss=0.25,
+        since_point=((0.5, 1.0, 0.0), (float("inf"), 2.0, 1.0)),
+    )
+    policy = SmolVLAPolicy(toy[1], allow_random_vlm=True)
+    policy.processor = SmolVLAProcessor(toy[1], toy[0].stats)
+    with one_process():
+        engine = Engine(policy, TRAIN)
+        micro_batches = micro_batches_alone(toy[2], TRAIN.micro_batches)
+        engine.step(1, micro_batches, count=TRAIN.micro_batches)
+        group, storage = gloo_group(), RunStorage(folder=tmp_path)
+        checkpoint.save(storage, policy, engine.optimizer, at=at, identity={}, group=group)()
+        assert checkpoint.load(tmp_path / folder_name(3), policy, engine.optimizer) == at
+
+
+def test_the_wait_of_whichever_worker_waits_longest_is_what_a_run_shows(toy, tmp_path, ray_session):
+    """The other one waits for it in the step, where its own numbers show nothing."""
+    run = new_run(tmp_path / "starved", toy, steps=6)
+    reader = SlowReader(**{field.name: getattr(toy[2], field.name) for field in fields(toy[2])})
+    training.fit(replace(run, decoder=reader), toy[2], CLUSTER)
+    waits = [point["data/wait_share"] for point in points(run)]
+    assert len(waits) == 6
+    assert min(waits[2:]) > 0.3, waits
+    assert min(point["data/decode_s_per_row"] for point in points(run)[2:]) > 0.9 * SlowReader.pause_s / 2
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk, and how to give it another size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+
+    def resize(size):
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
+
+    yield folder, resize
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_fails_the_run_by_the_checkpoints_name_and_with_room_it_goes_on(
+    uninterrupted, disk, toy
+):
+    """The error comes up in threads of torch and of Ray, and is no `Exception` there."""
+    folder, resize = disk
+    run = new_run(folder / "full", toy, record_rows=False)
+    run = replace(run, writer=FileWriter(folder.with_name("points.jsonl")))
+    resize(shutil.disk_usage(folder).used + 300_000)
+    with pytest.raises(ray.train.TrainingFailedError) as failed:
+        training.fit(run, toy[2], replace(CLUSTER, max_failures=0))
+    said = rf"{run.folder}/step_000000010 could not be saved: \w+: .*[Nn]o space left on device"
+    assert re.search(said, str(failed.value)), failed.value
+    assert run.storage.newest() is None
+    assert max(losses(run)) < 40
+    resize("100m")
+    training.fit(run, toy[2], CLUSTER)
+    assert losses(run) == losses(uninterrupted)
+    assert run.storage.newest() == run.folder / folder_name(40)
 
 
 # ---- nodes and processes that die ----

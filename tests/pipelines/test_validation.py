@@ -62,7 +62,9 @@ def measured(uri, folder, **settings):
     torch.manual_seed(0)
     engine = Engine(SmolVLAPolicy(config, allow_random_vlm=True).train(), replace(TRAIN, **settings))
     writer = FileWriter(folder / "points.jsonl")
-    validation = Validation(frames, last_step=TRAIN.steps, folder=folder, show=writer.predictions)
+    validation = Validation(
+        frames, last_step=TRAIN.steps, folder=folder, show=writer.predictions, timeout_s=600
+    )
     values = validation.at(2, engine)
     assert engine.policy.training
     assert validation.at(1, engine) == {}
@@ -102,6 +104,15 @@ def several(episodes, tmp_path_factory):
 def test_the_same_weights_give_the_same_loss_on_any_number_of_workers(alone, several, kind):
     """26 frames are 7 micro-batches, the last of 2 rows: neither 2 nor 3 workers have equal shares."""
     assert several[kind] == alone[0]  # to the bit
+
+
+def test_a_line_that_a_crash_cut_off_is_written_again(alone, episodes, tmp_path):
+    values, _ = alone
+    (tmp_path / "validation.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    with one_process():
+        assert measured(episodes, tmp_path) == values
+    lines = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, values["val/loss"])]
 
 
 def test_the_loss_is_the_mean_over_all_valid_entries_of_the_frames_and_of_each_task(
