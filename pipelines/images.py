@@ -69,8 +69,12 @@ def is_whole(data: bytes) -> bool:
 def decoded_image(data: bytes | None) -> np.ndarray | None:
     """Return the pixels (H, W, 3) that a reader of a stored image sees; None if there is no image in it.
 
-    OpenCV decodes bit for bit what PIL and torchvision decode.
+    OpenCV decodes bit for bit what PIL and torchvision decode. What a damaged header declares to have
+    more than 2**26 pixels is no image: `pipelines/__init__.py` sets OpenCV's limit.
     """
     if not data or not is_whole(data):
         return None
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:
+        return None

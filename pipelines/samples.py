@@ -8,8 +8,8 @@ after fitting.
 
 import functools
 import math
-import sys
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -526,19 +526,24 @@ class _KeptMemory:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._kept: list[NDArray[np.uint8]] = []
+        self._kept: list[tuple[NDArray[np.uint8], weakref.ref[NDArray[np.uint8]]]] = []
+        """Each with the array that was last lent of it: whatever is made of that one refers to it."""
         self._choosing = threading.Lock()
 
     def of(self, size: int) -> NDArray[np.uint8]:
         """(size,), of undefined content."""
         with self._choosing:
-            for memory in self._kept:
-                # Referred to by the list, by this loop and by the question; else by views of it.
-                if memory.size >= size and sys.getrefcount(memory) <= 3:
-                    return memory[:size]
-            memory = np.empty(size, dtype=np.uint8)
-            self._kept = [*self._kept, memory][-self._most :]
-            return memory[:size]
+            free = (
+                i for i, (memory, lent) in enumerate(self._kept) if lent() is None and len(memory) >= size
+            )
+            if (place := next(free, None)) is None:
+                memory = np.empty(size, dtype=np.uint8)
+            else:
+                memory, _ = self._kept.pop(place)
+            # not a view of `memory`, to which NumPy would let views of the view refer
+            lent = np.frombuffer(memoryview(memory), dtype=np.uint8)
+            self._kept = [*self._kept, (memory, weakref.ref(lent))][-self._most :]
+            return lent[:size]
 
 
 class _Binaries:
@@ -585,7 +590,8 @@ class _Binaries:
 
 
 def _vectors(column: pa.ChunkedArray) -> NDArray[Any]:
-    """A list column (or a scalar one, LeRobot's shape (1,)) as (rows, width)."""
+    """A list column (or a scalar one, LeRobot's shape (1,)) as (rows, width); others write float64, too."""
     array = whole(column)
     flat = array.flatten() if pa.types.is_nested(column.type) else array
-    return flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    values = flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    return values.astype(np.float32) if values.dtype == np.float64 else values

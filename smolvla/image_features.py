@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .configuration import SmolVLAConfig, checkpoint_file
 from .features import SCALE_BYTES, FeatureDtype
+from .tensor_files import naming_damage
 
 LEVELS = 127
 VLM = "model.vlm_with_expert.vlm.model."
@@ -107,8 +108,10 @@ def frozen_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
 
     Raises:
         FileNotFoundError: the folder has no weights.
+        ValueError: they cannot be read.
     """
-    with safe_open(checkpoint_file(folder, "model.safetensors"), framework="pt") as file:
+    path = checkpoint_file(folder, "model.safetensors")
+    with naming_damage(path), safe_open(path, framework="pt") as file:
         stored = {name.replace("_orig_mod.", ""): name for name in file.keys()}  # noqa: SIM118 -- no mapping
         for name in sorted(stored):
             if name.startswith(FROZEN):

@@ -37,7 +37,7 @@ from .normalization import has_statistics, without_buffers
 from .processing import IL_STUDIO, IL_STUDIO_IMAGE, TOKENS, TOKENS_MASK, SmolVLAProcessor
 from .real_time_chunking import Guidance
 from .smolvlm_with_expert import AttentionTables, JointLayer, KeysValues, SmolVLMWithExpertModel
-from .tensor_files import write_tensors
+from .tensor_files import naming_damage, write_tensors
 
 Memory: TypeAlias = tuple[AttentionTables, list[KeysValues | None]]
 """An observation as the suffix sees it: tables, and the keys and values of every joint layer."""
@@ -623,7 +623,8 @@ class SmolVLAPolicy(nn.Module):
         read when `processor` is first needed. `compile` compiles prediction, see `compile_sampling`.
 
         Raises:
-            ValueError: tensors are missing, unexpected or misshapen; all of them are named.
+            ValueError: the file cannot be read, or tensors are missing, unexpected or misshapen; all of them
+                are named.
         """
         config = config or SmolVLAConfig.from_pretrained(folder)
         path = checkpoint_file(folder, "model.safetensors")
@@ -632,10 +633,9 @@ class SmolVLAPolicy(nn.Module):
                 config.changed(load_vlm_weights=False), allow_random_vlm=True
             )  # until the next lines
         policy.config = policy.model.config = config
-        tensors = {
-            name.replace("_orig_mod.", ""): tensor
-            for name, tensor in without_buffers(load_file(path)).items()
-        }
+        with naming_damage(path):
+            stored = load_file(path)
+        tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in without_buffers(stored).items()}
         refuse_misfits(path, policy.shapes, tensors)
         # copy: the file's tensors are mapped memory, which must not change when the file does.
         policy.load_state_dict(

@@ -343,9 +343,13 @@ class SmolVLMWithExpertModel(nn.Module):
             vlm.requires_grad_(requires_grad=False)
             return
         # Nothing trains through these; an optimiser or DDP would wait for gradients that never come.
-        layers = vlm.model.text_model.layers
+        layers, last = vlm.model.text_model.layers, len(self.joint_layers) - 1
         num_idle = 1 if self.num_expert_layers == self.num_vlm_layers else 2
-        for module in (vlm.lm_head, vlm.model.text_model.norm, *layers[-num_idle:]):
+        idle = [vlm.lm_head, vlm.model.text_model.norm, *layers[-num_idle:], *layers[last + 1 :]]
+        # Of the last layer that the expert looks at, it reads keys and values only.
+        attention = layers[last].self_attn
+        idle += [attention.q_proj, attention.o_proj, layers[last].mlp, layers[last].post_attention_layernorm]
+        for module in idle:
             module.requires_grad_(requires_grad=False)
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 -- torch's signature

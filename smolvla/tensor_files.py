@@ -1,9 +1,11 @@
 """Files of tensors."""
 
+import contextlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,3 +22,16 @@ def write_tensors(
     mode = stat.S_IMODE(path.stat().st_mode)
     save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
     path.chmod(mode)
+
+
+@contextlib.contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """Name a file of tensors that was cut off, say by an interrupted download.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None

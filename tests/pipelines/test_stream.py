@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -201,8 +203,23 @@ def test_ray_gives_worker_r_the_micro_batches_of_the_plan_from_any_position(read
                 assert_same_batch(batch, expected[int(batch["micro_batch"][0])], reader.camera_names)
 
 
-def test_images_are_decoded_into_memory_that_nobody_holds_any_more(reader):
+@pytest.mark.parametrize("size", [(30_000, 30_000), (65_000, 65_000), (2_000, 2_000)])
+def test_an_image_with_a_damaged_header_is_a_bad_row_whatever_size_it_declares(reader, size):
+    """2.7 GB would be taken for the first, and the second is more than OpenCV ever decodes."""
     camera = reader.camera_names[0]
+    table = next(reader.encoded(0))
+    images = table[camera].to_pylist()
+    start = images[3].index(b"\xff\xc0") + 5  # of the frame: length, precision, then height and width
+    images[3] = images[3][:start] + struct.pack(">HH", *size) + images[3][start + 4 :]
+    place = table.schema.get_field_index(camera)
+    batch = reader.decoded(table.set_column(place, camera, pa.array(images, pa.large_binary())))
+    assert batch["bad_cameras"].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert batch["action_is_pad"][3].all()
+    assert not batch[camera][3].any()
+
+
+def test_images_are_decoded_into_memory_that_nobody_holds_any_more(reader):
+    camera, reader = reader.camera_names[0], replace(reader)  # with no memory from another test
     tables = list(reader.encoded(0))
     held = reader.decoded(tables[0])[camera][2:3]
     copy = held.copy()

@@ -1,8 +1,11 @@
 """A mixture in the stream: every row is what its own dataset makes of it, and what it lacks is masked."""
 
 import io
+import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -143,6 +146,33 @@ def test_a_camera_that_a_dataset_lacks_takes_no_part_in_the_loss_of_its_rows(mix
         mine = columns["source"] == source
         without = {n: c for n, c in batch.items() if n not in (camera, f"{camera}_padding_mask")}
         torch.testing.assert_close(losses(without)[mine], found[mine], rtol=1e-5, atol=1e-6)
+
+
+def test_others_write_state_and_action_in_float64(episodes, tmp_path):
+    """Beside float32 of another dataset they are the same rows."""
+    shutil.copytree(episodes, tmp_path / "double")
+    for path in (tmp_path / "double/data").rglob("*.parquet"):
+        file = pq.ParquetFile(path)
+        groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
+        with pq.ParquetWriter(path, doubled(groups[0]).schema, compression="NONE") as writer:
+            for table in groups:
+                writer.write_table(doubled(table))
+    entries = [{"path": str(path), "name": path.name} for path in (episodes, tmp_path / "double")]
+    _, reader = prepared(DatasetOptions(mixture=entries))
+    rows = rows_of(reader, groups=20)
+    for source, episode, frame in list(rows):
+        for name in ("observation.state", "action"):
+            one, other = (rows[number, episode, frame][name] for number in (source, 0))
+            assert one.dtype == np.float32
+            np.testing.assert_array_equal(one, other)
+
+
+def doubled(table):
+    for name in ("observation.state", "action"):
+        width = table.schema.field(name).type.list_size
+        column = table[name].cast(pa.list_(pa.float64(), width))
+        table = table.set_column(table.schema.get_field_index(name), name, column)
+    return table
 
 
 def test_equal_sizes_are_handed_on_as_before_and_without_masks(episodes):

@@ -1,6 +1,7 @@
 """Folders in and out: strict, float32, self-contained."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, SmolVLMForConditionalGeneration
 
 from smolvla import SmolVLAConfig, SmolVLAPolicy
+from smolvla.image_features import frozen_tensors
 
 STATS = {
     "observation.state": {
@@ -99,6 +101,16 @@ def test_wrong_tensors_are_one_error_that_names_them_all(tmp_path):
         "model.action_in_proj.weight has shape [2, 2], not [48, 8]",
     ):
         assert part in str(error.value)
+
+
+def test_weights_that_were_cut_off_are_named(tmp_path):
+    random_policy(config()).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read: "):
+        SmolVLAPolicy.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read: "):
+        dict(frozen_tensors(tmp_path))
 
 
 def test_load_state_dict_is_strict_and_knows_nothing_of_joint_layers():

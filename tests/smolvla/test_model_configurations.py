@@ -37,6 +37,7 @@ GRID = {
     "half, self-attention only": {"num_expert_layers": 2, "attention_mode": "self_attn"},
     "half, cross-attention only": {"num_expert_layers": 2, "self_attn_every_n_layers": -1},
     "one expert layer": {"num_expert_layers": 1},
+    "one expert layer, trained": FULL | {"num_expert_layers": 1},
     "all VLM layers, by 0": {"num_vlm_layers": 0, "num_expert_layers": 0},
     "all VLM layers, by -1": {"num_vlm_layers": -1},
     "two VLM layers": FULL | {"num_vlm_layers": 2},
@@ -150,6 +151,17 @@ def test_the_trainable_set_follows_the_switches():
         "norm",
         "head",
     }
+
+
+def test_what_trains_gets_a_gradient_where_the_expert_looks_at_few_layers():
+    """An optimiser, DDP or a checkpoint would wait for one that never comes."""
+    settings = config(num_expert_layers=1, **FULL)
+    policy = random_policy(settings)
+    policy(**policy.prepare_inputs(random_batch(settings)), **random_draw(settings))["loss"].backward()
+    assert [name for name in trainable(policy) if policy.get_parameter(name).grad is None] == []
+    first = policy.model.vlm_with_expert.vlm.model.text_model.layers[0].self_attn
+    assert first.k_proj.weight.requires_grad
+    assert first.v_proj.weight.requires_grad
 
 
 def test_frozen_parts_stay_in_eval_mode():
