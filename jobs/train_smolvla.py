@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
+import ray.exceptions
 import torch
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -528,7 +529,7 @@ def nodes() -> list[dict[str, Any]]:
 
 def _places(resources: dict[str, float], job: TrainJob) -> int:
     """For workers, on a node with these resources."""
-    places = int(resources["CPU"] / job.cpus_per_worker)
+    places = int(resources["CPU"] / job.cpus_per_worker + 1e-9)  # 0.3 / 0.1 is below 3
     return min(places, int(resources.get("GPU", 0))) if job.use_gpu else places
 
 
@@ -555,8 +556,11 @@ def check_visible(job: TrainJob, prepared: Prepared) -> None:
 
     look = ray.remote(missing).options
     on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in others]
-    answers = ray.get([look(num_cpus=0, scheduling_strategy=strategy).remote() for strategy in on])
-    for node, paths in zip(others, answers, strict=True):
+    answers = [look(num_cpus=0, scheduling_strategy=strategy).remote() for strategy in on]
+    for node, answer in zip(others, answers, strict=True):
+        paths: list[str] = []
+        with contextlib.suppress(ray.exceptions.RayError):  # a node that has gone need not see anything
+            paths = ray.get(answer)
         for path in paths:
             raise ValueError(
                 f"{files[path]}: node {node['NodeManagerAddress']} has no {path}; every node must see this "

@@ -61,7 +61,7 @@ class Meter:
         self._starvation = StarvationLog()
         self._gauges = PointGauges(run.storage.name, rank=rank)
         # A group of its own: checkpoints are written by another thread, through theirs.
-        timeout = timedelta(seconds=run.collective_timeout_s)
+        timeout = timedelta(seconds=run.exchange_timeout_s)
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._restart()
         self._before = torch.tensor(at.since_point).reshape(-1, 3)

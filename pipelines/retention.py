@@ -63,13 +63,15 @@ def retain(store: Store, keep: Retention, *, newest: str) -> dict[str, Any] | No
     found = [name for name in store.checkpoints() if name <= newest]
     losses: dict[str, float] = {}
     steps: dict[str, int] = {}
+    unread: set[str] = set()
     for name in found:
         if store.has(f"{name}/{MANIFEST}"):
             try:
                 trainer = store.read_json(f"{name}/{TRAINING}/trainer.json")
                 value, steps[name] = trainer.get("val_loss"), trainer["step"]
-            except (OSError, ValueError, KeyError) as error:  # an old one must not end the run
-                LOG.warning("checkpoint %s is damaged: %r", name, error)
+            except (OSError, ValueError, KeyError) as error:  # ends no run, and somebody may want it
+                LOG.warning("checkpoint %s stays, its trainer.json cannot be read: %r", name, error)
+                unread.add(name)
                 continue
             losses[name] = math.inf if value is None or math.isnan(value) else value
     best = [name for name in ranked(losses) if losses[name] < math.inf]
@@ -77,7 +79,7 @@ def retain(store: Store, keep: Retention, *, newest: str) -> dict[str, Any] | No
     if best:
         record = {"checkpoint": best[0], "step": steps[best[0]], "val/loss": losses[best[0]]}
         store.write_json(BEST, record)  # before anything goes: it names a checkpoint that is there
-    stays = {*sorted(losses)[-keep.newest :], *best[: keep.best]}
+    stays = {*sorted(losses)[-keep.newest :], *best[: keep.best], *unread}
     for name in found:
         if name not in stays:
             store.delete(name)

@@ -16,6 +16,8 @@ from pipelines.tower import StreamedTower
 from pipelines.train_config import TrainConfig
 from pipelines.validation import HeldOut
 
+PATIENT_S = 300.0  # at least, where workers may have differently much to do
+
 
 class MetricWriter(Protocol):
     """Where rank 0 sends metrics; it must return at once, whatever state the tracking server is in."""
@@ -95,6 +97,11 @@ class Run:
     """How long workers wait for each other before the step fails."""
     board: Any = None
     """Handle of the `pipelines.board.Board` where the workers say where they are; None: `fit` starts one."""
+
+    @property
+    def exchange_timeout_s(self) -> float:
+        """How long outside of a step: one may have more of a validation to do than another."""
+        return max(self.collective_timeout_s, PATIENT_S)
 
     @property
     def storage(self) -> RunStorage:

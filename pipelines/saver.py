@@ -120,7 +120,11 @@ class SaveError(Exception):
 
 
 def _retain(run: Run, *, newest: str) -> None:
-    best = retain(run.storage, run.keep, newest=newest)
+    try:
+        best = retain(run.storage, run.keep, newest=newest)
+    except OSError as error:  # this checkpoint stands; the next one tries again
+        LOG.warning("older checkpoints than %s stay for now: %s", newest, error)
+        return
     if best is not None:
         run.writer.tag(
             {

@@ -61,7 +61,7 @@ def _train(run: Run, engine: Engine, feed: Feed, at: Progress, watch: Watch) -> 
         last_step=run.train.steps,
         folder=run.folder,
         show=run.writer.predictions,
-        timeout_s=run.collective_timeout_s,
+        timeout_s=run.exchange_timeout_s,
     )
     agreement = Agreement(timeout_s=run.collective_timeout_s)
     for step in range(at.step + 1, run.train.steps + 1):

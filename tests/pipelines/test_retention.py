@@ -80,14 +80,14 @@ def test_what_dead_saves_left_is_deleted_and_a_newer_save_is_let_alone(tmp_path)
     assert not (tmp_path / BEST).exists()
 
 
-def test_an_old_one_that_was_damaged_ends_no_run_and_goes(tmp_path, caplog):
-    for step in (10, 20, 30):
+def test_an_old_one_that_cannot_be_read_ends_no_run_and_stays(tmp_path, caplog):
+    for step in (10, 20, 30, 40):
         checkpoint_at(tmp_path, step, loss=step / 100)
     (tmp_path / folder_name(10) / TRAINING / "trainer.json").unlink()
     (tmp_path / folder_name(20) / TRAINING / "trainer.json").write_text('{"step": 20, "val')
-    assert best_step(tmp_path, 30, newest=3, best=3) == 30
-    assert steps(tmp_path) == [30]
+    assert best_step(tmp_path, 40, newest=1) == 30
+    assert steps(tmp_path) == [10, 20, 40]
     assert [record.getMessage().split(": ")[0] for record in caplog.records] == [
-        "checkpoint step_000000020 is damaged",
-        "checkpoint step_000000010 is damaged",
+        "checkpoint step_000000020 stays, its trainer.json cannot be read",
+        "checkpoint step_000000010 stays, its trainer.json cannot be read",
     ]
