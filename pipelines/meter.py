@@ -147,7 +147,7 @@ class Meter:
         The others wait for it in the step, where their own numbers do not show it.
         """
         everyone = torch.zeros(dist.get_world_size(), len(mine), dtype=torch.float64)
-        everyone[self._rank] = torch.tensor(mine)
+        everyone[self._rank] = torch.tensor(mine, dtype=torch.float64)
         dist.all_reduce(everyone, group=self._group)
         rank = int(everyone[:, 0].argmax())
         return rank, Served(*everyone[rank].tolist())
