@@ -149,6 +149,29 @@ def finished(machines, dataset):
     return MlflowClient().get_run(storage.read_json("run.json")["mlflow_run_id"]), logs
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (  # of 6 CPUs in all
+            {"cpus_per_worker": 4, "storage_path": "s3://runs/all"},
+            r"num_workers 1 with cpus_per_worker 4\.0 and use_gpu False: a worker is on one node, and the "
+            r"cluster's nodes have room for 0\n",
+        ),
+        (
+            {"storage_path": "/mnt/runs"},
+            r"storage_path: node 10\.213\.77\.1[12] has no /mnt/runs/refused/start/config\.json; every node "
+            r"must see this folder, or take an object store \(s3://\.\.\.\)\n",
+        ),
+    ],
+)
+def test_what_no_node_can_hold_or_see_is_refused_before_a_worker_starts(machines, dataset, settings, said):
+    """Before the tests that cut a machine off: Ray does not take that one back."""
+    given = flags(dataset, run_name="refused", num_workers=1, work_path="/mnt/work", **settings)
+    shown = machines.submitted(["python", "jobs/train_smolvla.py", *given], succeeds=False)
+    assert re.search(r"train_smolvla\.py: " + said, shown), shown
+    assert "Traceback" not in shown
+
+
 def test_a_node_is_cut_off_in_the_middle_and_the_run_ends_exactly(finished, dataset, tmp_path):
     run, logs = finished
     assert run.info.status == "FINISHED"
@@ -179,28 +202,6 @@ def reference(dataset, folder):
     prepared = train_smolvla.prepare(job)
     train_smolvla.write_start(prepared, job)
     return losses_alone(prepared.train, prepared.reader, prepared.folder / "start")
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (  # of 6 CPUs in all
-            {"cpus_per_worker": 4, "storage_path": "s3://runs/all"},
-            r"num_workers 1 with cpus_per_worker 4\.0 and use_gpu False: a worker is on one node, and the "
-            r"cluster's nodes have room for 0\n",
-        ),
-        (
-            {"storage_path": "/mnt/runs"},
-            r"storage_path: node 10\.213\.77\.1[12] has no /mnt/runs/refused/start/config\.json; every node "
-            r"must see this folder, or take an object store \(s3://\.\.\.\)\n",
-        ),
-    ],
-)
-def test_what_no_node_can_hold_or_see_is_refused_before_a_worker_starts(machines, dataset, settings, said):
-    given = flags(dataset, run_name="refused", num_workers=1, work_path="/mnt/work", **settings)
-    shown = machines.submitted(["python", "jobs/train_smolvla.py", *given], succeeds=False)
-    assert re.search(r"train_smolvla\.py: " + said, shown), shown
-    assert "Traceback" not in shown
 
 
 def test_the_data_name_the_run_that_wrote_them_and_the_store_that_they_came_into(finished, machines):
