@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jobs import training_data
-from jobs.training_data import Entry, TrainingData, readable
-from pipelines.dataset import EpisodeDataset, data_sizes, open_dataset
+from jobs.training_data import Entry, TrainingData, whole_dataset
+from pipelines.dataset import EpisodeDataset
 from pipelines.features import StoredFeatures
 from pipelines.samples import SampleReader, Source
 from pipelines.validation import HeldOut, ValidationConfig, held_out_named, held_out_share, split
@@ -120,8 +120,7 @@ def _other_source(
 ) -> Source:
     """The dataset of `validation.path` as the exported policy would see it."""
     flag = "validation.path"
-    dataset = open_dataset(readable(options.path, flag=flag))
-    data_sizes(dataset)  # all files are there
+    dataset = whole_dataset(options.path, flag=flag)
     like = reader.sources[data.export]
     if dataset.fps < data.fps:
         raise ValueError(

@@ -195,6 +195,17 @@ def readable(path: str, *, flag: str) -> str:
     raise ValueError(f"{flag} {path!r} does not exist{where}")
 
 
+def whole_dataset(path: str, *, flag: str) -> EpisodeDataset:
+    """A dataset whose files are all there.
+
+    Raises:
+        ValueError: names the flag or the file.
+    """
+    dataset = open_dataset(readable(path, flag=flag))
+    data_sizes(dataset)
+    return dataset
+
+
 def opened(options: DatasetOptions, *, rename: Mapping[str, str]) -> TrainingData:
     """Open every dataset that the flags name.
 
@@ -202,9 +213,7 @@ def opened(options: DatasetOptions, *, rename: Mapping[str, str]) -> TrainingDat
         ValueError: a flag is wrong, or a dataset cannot be used.
     """
     found = entries(options, rename=rename)
-    datasets = [open_dataset(readable(entry.path, flag=f"{entry.flag}.path")) for entry in found]
-    for dataset in datasets:
-        data_sizes(dataset)  # all files are there
+    datasets = [whole_dataset(entry.path, flag=f"{entry.flag}.path") for entry in found]
     check_widths(datasets)
     fps = _policy_fps(options, datasets)
     names = [entry.name for entry in found]

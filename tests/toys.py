@@ -185,17 +185,26 @@ class ExceptionWriter(UserCallback):
 
 def with_cut_image(source: Path, target: Path, *, episode: int, frame: int, camera: str) -> None:
     """Copy a dataset; of one image only the first half stays, as a broken disk or transfer leaves it."""
+
+    def cut(table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        for row in rows:
+            if (row["episode_index"], row["frame_index"]) == (episode, frame):
+                row[camera]["bytes"] = row[camera]["bytes"][: len(row[camera]["bytes"]) // 2]
+        return pa.Table.from_pylist(rows, schema=table.schema)
+
+    copied(source, target, change=cut)
+
+
+def copied(source: Path, target: Path, *, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Copy a dataset with every row group changed."""
     shutil.copytree(source, target)
     for path in (target / "data").rglob("*.parquet"):
         file = pq.ParquetFile(path)
-        groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
-        with pq.ParquetWriter(path, file.schema_arrow, compression="NONE") as writer:
+        groups = [change(file.read_row_group(number)) for number in range(file.num_row_groups)]
+        with pq.ParquetWriter(path, groups[0].schema, compression="NONE") as writer:
             for table in groups:
-                rows = table.to_pylist()
-                for row in rows:
-                    if (row["episode_index"], row["frame_index"]) == (episode, frame):
-                        row[camera]["bytes"] = row[camera]["bytes"][: len(row[camera]["bytes"]) // 2]
-                writer.write_table(pa.Table.from_pylist(rows, schema=table.schema))
+                writer.write_table(table)
 
 
 def golden_rows(micro_batch: int, *, shift: float = 0.01) -> tuple[Any, Callable[[int], dict[str, Any]]]:

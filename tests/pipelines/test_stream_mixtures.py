@@ -1,14 +1,13 @@
 """A mixture in the stream: every row is what its own dataset makes of it, and what it lacks is masked."""
 
 import io
-import shutil
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from toys import copied
 
 from jobs import training_data
 from jobs.training_data import DatasetOptions
@@ -150,13 +149,7 @@ def test_a_camera_that_a_dataset_lacks_takes_no_part_in_the_loss_of_its_rows(mix
 
 def test_others_write_state_and_action_in_float64(episodes, tmp_path):
     """Beside float32 of another dataset they are the same rows."""
-    shutil.copytree(episodes, tmp_path / "double")
-    for path in (tmp_path / "double/data").rglob("*.parquet"):
-        file = pq.ParquetFile(path)
-        groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
-        with pq.ParquetWriter(path, doubled(groups[0]).schema, compression="NONE") as writer:
-            for table in groups:
-                writer.write_table(doubled(table))
+    copied(episodes, tmp_path / "double", change=doubled)
     entries = [{"path": str(path), "name": path.name} for path in (episodes, tmp_path / "double")]
     _, reader = prepared(DatasetOptions(mixture=entries))
     rows = rows_of(reader, groups=20)
